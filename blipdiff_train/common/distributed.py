@@ -1,0 +1,91 @@
+"""Process-group helpers that are defined for one process too, where they do the obvious thing.
+
+The reference calls ``torch.distributed.get_rank()`` without a process group and fails on one GPU (LAVIS issue 153).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number in the group, 0 without a group."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the group, 1 without a group."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without a group."""
+    if is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather_no_grad(tensor: Tensor) -> Tensor:
+    """Concatenate every rank's ``tensor`` (B …) along the first axis in rank order, without gradient: (W·B …).
+
+    Detached for one process as well, so that the gradient of a loss does not depend on the number of processes
+    (LAVIS ``concat_all_gather`` does the same). All ranks must pass the same shape.
+    """
+    tensor = tensor.detach()
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Concatenate every rank's ``tensor`` (B …) along the first axis in rank order: (W·B …).
+
+    The backward sums the gradients that all ranks send to this rank's rows (LAVIS ``all_gather_with_grad``).
+    """
+    if world_size() == 1:
+        return tensor
+    return _GatherWithGrad.apply(tensor)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        ctx.num_rows = tensor.shape[0]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        start = rank() * ctx.num_rows
+        return grad[start : start + ctx.num_rows]
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True on every rank as soon as ``flag`` is true on one; all ranks must call it."""
+    if world_size() == 1:
+        return bool(flag)
+    value = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """``value`` of rank ``source`` on every rank; must be picklable and comes from our own processes only."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == source else None]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
