@@ -1,0 +1,39 @@
+# Everything a newcomer needs; `make` alone prints this list.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3 python; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo "$$p"; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint clean
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
+
+setup: $(STAMP) ## make the environment in .venv (or VENV=...) with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 with venv found; name one: make setup PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train both stages on the embedded toy world: pictures and a table in ./demo (about 15 minutes on 2 cores)
+	$(BIN)/python scripts/demo.py --output demo
+
+test: $(STAMP) ## run all tests (about 15 minutes on 2 cores)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## run the tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP) ## check the style
+	$(BIN)/python -m ruff check .
+
+clean: ## remove what runs leave behind, never the environment
+	rm -rf demo outputs multirun build dist .pytest_cache .ruff_cache .hypothesis
