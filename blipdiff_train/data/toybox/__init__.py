@@ -1,4 +1,4 @@
-"""toybox: a drawn world with exact mattes and captions, in which any sample is a pure function of its number."""
+"""toybox: a drawn world with exact mattes and captions; any sample is a pure function of its number."""
 
 from blipdiff_train.data.toybox.draw import ToySample, background, render, sample
 from blipdiff_train.data.toybox.world import (

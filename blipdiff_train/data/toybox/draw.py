@@ -1,8 +1,9 @@
 """Drawing: a subject with its exact matte, on a scene; any sample is a pure function of its number.
 
-Geometry lives in unit coordinates (x right, y down). A subject spans about [-1, 1]; a scene [0, 1]. Everything is
-filled without anti-aliasing on a canvas `_SUPERSAMPLE` times larger and averaged down by area, so the matte is the
-covered share of each pixel and `image = matte · foreground + (1 - matte) · background` holds by construction.
+Geometry lives in unit coordinates (x right, y down). A subject spans about [-1, 1]; a scene [0, 1].
+Everything is filled without anti-aliasing on a canvas `_SUPERSAMPLE` times larger and averaged down by area,
+so the matte is the covered share of each pixel and
+`image = matte · foreground + (1 - matte) · background` holds by construction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import cv2
 import numpy as np
 
 from blipdiff_train.data.toybox.world import (
-    CATEGORIES,
     COLOURS,
     SCENES,
     SPLITS,
@@ -41,7 +41,7 @@ class ToySample:
     Attributes:
         image: (H, W, 3) uint8, the photograph.
         alpha: (H, W) uint8, exact matte: covered share of each pixel × 255.
-        foreground: (H, W, 3) uint8, the subject's colours without any background mixed in, defined everywhere.
+        foreground: (H, W, 3) uint8, the subject's colours with no background mixed in; everywhere.
         caption: everything ("a red and blue striped dog on the beach").
         prompt: category and scene only ("a dog on the beach").
         subject: the category word.
@@ -66,7 +66,7 @@ class ToySample:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Filled polygons (N, 2) whose union is the silhouette, and small marks (tone, polygon) drawn inside it."""
+    """Polygons (N, 2) whose union is the silhouette, and small marks (tone, polygon) inside it."""
 
     parts: tuple[np.ndarray, ...]
     marks: tuple[tuple[str, np.ndarray], ...] = ()
@@ -294,7 +294,7 @@ def _draw_subject(identity: Identity, rng: np.random.Generator, size: int) -> tu
 
 
 class _Canvas:
-    """A square picture with helpers in unit coordinates; all random draws are made by the scenes, in one order."""
+    """A square picture with helpers in unit coordinates; the scenes make all random draws, in one order."""
 
     def __init__(self, large: int, rng: np.random.Generator) -> None:
         self.large = large
@@ -584,12 +584,15 @@ def render(identity: Identity, scene: str, *, pose_seed: int, size: int = 64) ->
     return _compose(identity, scene, rng, size, key=f"render-{'-'.join(names)}-{pose_seed:09d}")
 
 
-def background(number: int, *, size: int = 64, seed: int = 0) -> np.ndarray:
-    """A scene without a subject, (H, W, 3) uint8, a pure function of its number.
+def background(number: int, *, size: int = 64, seed: int = 0, scene: str | None = None) -> np.ndarray:
+    """A scene without a subject, (H, W, 3) uint8, a pure function of its number (and of `scene`, if chosen).
 
     Raises:
-        ValueError: a negative number or seed, or a size below 8.
+        ValueError: an unknown scene, a negative number or seed, or a size below 8.
     """
     _check_size(size)
     rng = np.random.default_rng([_STREAM_BACKGROUND, seed, number])
-    return _draw_scene(tuple(SCENES)[int(rng.integers(len(SCENES)))], rng, size)
+    drawn = tuple(SCENES)[int(rng.integers(len(SCENES)))]
+    if scene is not None and scene not in SCENES:
+        raise ValueError(f"scene={scene!r} is not in toybox; known: {', '.join(SCENES)}")
+    return _draw_scene(scene or drawn, rng, size)

@@ -1,9 +1,9 @@
 """What exists in toybox: categories, colours, patterns, scenes, and the identities made of them.
 
 An *identity* is a subject that can be recognised again: a category with two colours in a pattern. The first
-colour always covers more of the subject (or its upper half), so the order of the two is visible. Identities are
-split into train and held-out by a hash; an identity and the one with its colours exchanged fall on the same side,
-because the two look alike and one would give the other away.
+colour is the upper one of two halves or the ground under the pattern, so the order of the two is visible.
+Identities are split into train and held-out by a hash; an identity and the one with its colours exchanged
+fall on the same side, because the two look alike and one would give the other away.
 """
 
 from __future__ import annotations
