@@ -25,7 +25,7 @@ def decode_image(data: bytes, *, name: str, mode: str = "RGB", max_pixels: int =
         data: the file's bytes.
         name: where they come from; stands in every error.
         mode: ``"RGB"`` or ``"L"``.
-        max_pixels: upper limit of width × height, checked on the header.
+        max_pixels: upper limit of width × height, checked on the header; Pillow's own limit (179 million) holds too.
 
     Raises:
         ImageError: not an image of these formats, truncated, or larger than ``max_pixels``.
@@ -41,7 +41,9 @@ def decode_image(data: bytes, *, name: str, mode: str = "RGB", max_pixels: int =
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a {', '.join(FORMATS)} image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: far more pixels than the limit of {max_pixels}") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{name}: cannot be decoded: {error}") from error
 
 

@@ -26,6 +26,6 @@ def check_shape(tensor: Tensor, pattern: str, *, name: str, **sizes: int) -> dic
             expected = int(letter) if letter.isdigit() else found.setdefault(letter, size)
             good = good and size == expected
     if not good:
-        known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({pattern})" + (f" with {known}" if known else ""))
+        known = " with " + ", ".join(f"{letter}={size}" for letter, size in sizes.items()) if sizes else ""
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({pattern}){known}")
     return found
