@@ -1,0 +1,181 @@
+"""The subject on another background: pure functions on uint8 images, fast enough for a data loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the subject's bounding box lands on the canvas: its top-left corner and size in pixels, mirrored or not."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+
+
+def blend(foreground: np.ndarray, alpha_matte: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """``α F + (1 − α) B``, rounded to nearest; α = 0 gives the background exactly and α = 255 the foreground.
+
+    Args:
+        foreground, background: H W 3 uint8.
+        alpha_matte: H W uint8.
+
+    Returns:
+        H W 3 uint8.
+
+    Raises:
+        ValueError: shapes that differ or a type other than uint8.
+    """
+    if not (foreground.shape == background.shape == (*alpha_matte.shape, 3)):
+        raise ValueError(
+            f"foreground {foreground.shape}, background {background.shape} and alpha matte {alpha_matte.shape}: "
+            "expected (H W 3), (H W 3) and (H W)"
+        )
+    if not (foreground.dtype == background.dtype == alpha_matte.dtype == np.uint8):
+        raise ValueError(
+            f"foreground {foreground.dtype}, background {background.dtype}, alpha matte {alpha_matte.dtype}: "
+            "expected uint8"
+        )
+    weight = alpha_matte[..., None].astype(np.uint16)
+    total = foreground * weight
+    total += background * (np.uint16(255) - weight)
+    total += np.uint16(128)
+    # (t + t / 256) / 256 is t / 255 rounded, exact for every product of two bytes, and stays within 16 bits
+    total += total >> np.uint16(8)
+    return (total >> np.uint16(8)).astype(np.uint8)
+
+
+def subject_box(alpha_matte: np.ndarray, threshold: int = 8) -> tuple[int, int, int, int]:
+    """Bounding box (left, top, width, height) of the pixels whose matte (0..255) is at least ``threshold``.
+
+    Raises:
+        ValueError: no such pixel.
+    """
+    rows = np.flatnonzero((alpha_matte >= threshold).any(axis=1))
+    columns = np.flatnonzero((alpha_matte >= threshold).any(axis=0))
+    if rows.size == 0:
+        raise ValueError(f"alpha matte is empty: its largest value is {int(alpha_matte.max())}, expected ≥ {threshold}")
+    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
+
+
+def sample_placement(
+    alpha_matte: np.ndarray,
+    size_px: int,
+    generator: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.5, 0.95),
+    flip_probability: float = 0.5,
+) -> Placement:
+    """Draw a size, a place and a mirroring for the subject on a square canvas; it lies wholly inside.
+
+    A side at which the photograph's frame cuts the subject is put flush with the canvas, so that a cut-off torso does
+    not float; with opposite sides cut, the place on that axis is free.
+
+    Args:
+        alpha_matte: H W uint8 of the photograph.
+        size_px: side of the canvas.
+        generator: four numbers are drawn whatever the outcome.
+        scale: range of the subject's longest side as a share of the canvas.
+        flip_probability: of a left-right mirroring.
+    """
+    low, high = scale
+    if not 0.0 < low <= high <= 1.0:
+        raise ValueError(f"scale={scale}, expected 0 < low ≤ high ≤ 1")
+    draw_scale, draw_left, draw_top, draw_flip = generator.random(4)
+    left, top, width, height = subject_box(alpha_matte)
+    rows, columns = alpha_matte.shape
+    factor = (low + (high - low) * draw_scale) * size_px / max(width, height)
+    new_width, new_height = max(1, round(width * factor)), max(1, round(height * factor))
+    flip = bool(draw_flip < flip_probability)
+    cut_left, cut_right = left == 0, left + width == columns
+    if flip:
+        cut_left, cut_right = cut_right, cut_left
+    return Placement(
+        left=_offset(size_px - new_width, draw_left, cut_left, cut_right),
+        top=_offset(size_px - new_height, draw_top, top == 0, top + height == rows),
+        width=new_width,
+        height=new_height,
+        flip=flip,
+    )
+
+
+def cover(background: np.ndarray, size_px: int, generator: np.random.Generator | None = None) -> np.ndarray:
+    """The photograph scaled to cover a square canvas and cropped, at random or in the middle: ``size_px size_px 3``."""
+    rows, columns = background.shape[:2]
+    factor = size_px / min(rows, columns)
+    width, height = max(size_px, round(columns * factor)), max(size_px, round(rows * factor))
+    scaled = _resize(background, width, height)
+    draw_left, draw_top = (0.5, 0.5) if generator is None else generator.random(2)
+    left, top = _offset(width - size_px, draw_left), _offset(height - size_px, draw_top)
+    return scaled[top : top + size_px, left : left + size_px]
+
+
+def blend_on_background(
+    foreground: np.ndarray,
+    alpha_matte: np.ndarray,
+    background: np.ndarray,
+    *,
+    size_px: int,
+    generator: np.random.Generator,
+    scale: tuple[float, float] = (0.5, 0.95),
+    flip_probability: float = 0.5,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The subject, scaled, mirrored and shifted at random, on a random crop of another photograph.
+
+    Args:
+        foreground: H W 3 uint8, the photograph or better its estimated foreground colours.
+        alpha_matte: H W uint8.
+        background: any size, H' W' 3 uint8.
+        size_px: side of the square canvas.
+        generator: the only source of randomness; six numbers are drawn.
+        scale: range of the subject's longest side as a share of the canvas.
+        flip_probability: of a left-right mirroring of the subject.
+
+    Returns:
+        The composite (size_px size_px 3 uint8) and its matte (size_px size_px uint8).
+
+    Raises:
+        ValueError: an empty matte, shapes or types that do not fit.
+    """
+    placement = sample_placement(alpha_matte, size_px, generator, scale=scale, flip_probability=flip_probability)
+    return place(foreground, alpha_matte, cover(background, size_px, generator), placement)
+
+
+def place(
+    foreground: np.ndarray, alpha_matte: np.ndarray, canvas: np.ndarray, placement: Placement
+) -> tuple[np.ndarray, np.ndarray]:
+    """The subject's bounding box, resized and mirrored to ``placement``, on a copy of ``canvas`` (S S 3 uint8)."""
+    if foreground.shape != (*alpha_matte.shape, 3):
+        raise ValueError(f"foreground {foreground.shape}, alpha matte {alpha_matte.shape}: expected (H W 3) and (H W)")
+    left, top, width, height = subject_box(alpha_matte)
+    box = np.s_[top : top + height, left : left + width]
+    small_foreground = _resize(foreground[box], placement.width, placement.height)
+    small_alpha = _resize(alpha_matte[box], placement.width, placement.height)
+    if placement.flip:
+        small_foreground, small_alpha = small_foreground[:, ::-1], small_alpha[:, ::-1]
+    target = np.s_[placement.top : placement.top + placement.height, placement.left : placement.left + placement.width]
+    composite, matte = canvas.copy(), np.zeros(canvas.shape[:2], np.uint8)
+    composite[target] = blend(small_foreground, small_alpha, canvas[target])
+    matte[target] = small_alpha
+    return composite, matte
+
+
+def _offset(slack: int, draw: float, flush_start: bool = False, flush_end: bool = False) -> int:
+    """An offset in 0..slack: at a flush side if exactly one is asked for, else by the draw in [0, 1)."""
+    if flush_start != flush_end:
+        return 0 if flush_start else slack
+    return min(slack, int(draw * (slack + 1)))
+
+
+def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    # averaging when shrinking, against aliasing; linear when growing
+    shrinking = width * height < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)

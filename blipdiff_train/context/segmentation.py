@@ -1,0 +1,257 @@
+"""Where the subject is: a probability for every pixel, from CLIPSeg, GrabCut, or a mask that is already there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from blipdiff_train.context.rejection import Rejection
+
+
+class Segmenter(Protocol):
+    """Photographs and category words to probabilities."""
+
+    def segment(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray | Rejection]:
+        """``seg_prob`` (H W float32 in [0, 1]) for each image (H W 3 uint8, sizes may differ), or why there is none."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the provenance of a sample says about the segmenter: name, settings, versions."""
+        ...
+
+
+class CLIPSegSegmenter:
+    """CLIPSeg (Lüddecke & Ecker 2022): the category word asks, the probability answers.
+
+    Args:
+        model: local folder, or a hub id such as ``CIDAS/clipseg-rd64-refined``; a ``CLIPSegForImageSegmentation`` with
+            its tokenizer and image processor.
+        device: of torch.
+        batch_size: photographs a forward.
+        prompt: what is asked; ``{}`` is the category.
+
+    Raises:
+        OSError: the folder or id has no such model.
+    """
+
+    def __init__(self, model: str | Path, *, device: str = "cpu", batch_size: int = 8, prompt: str = "{}") -> None:
+        from transformers import AutoTokenizer, CLIPSegForImageSegmentation
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        self.model_name, self.device, self.batch_size, self.prompt = str(model), device, batch_size, prompt
+        self.model = CLIPSegForImageSegmentation.from_pretrained(model).float().to(device).eval()
+        self.model.requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        # the processor classes of transformers 5 need torchvision; its three numbers do not
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(model)
+        self.size_px = _square_size(settings["size"])
+        self.mean = np.asarray(settings["image_mean"], np.float32)
+        self.std = np.asarray(settings["image_std"], np.float32)
+        self._text_embeds: dict[str, Any] = {}
+
+    def segment(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray | Rejection]:
+        results: list[np.ndarray | Rejection] = []
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            results += self._segment_batch(images[part], subject_texts[part])
+        return results
+
+    def _segment_batch(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray]:
+        import torch
+
+        pixels = np.stack([self._pixels(image) for image in images])  # B S S 3
+        with torch.inference_mode():
+            logits = self.model(
+                pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device),
+                conditional_embeddings=torch.cat([self._embed(text) for text in subject_texts]),
+            ).logits
+            # some versions drop the batch axis of a single image
+            probability = logits.reshape(len(images), *logits.shape[-2:]).sigmoid().float().cpu().numpy()
+        return [
+            np.clip(cv2.resize(row, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR), 0, 1)
+            for row, image in zip(probability, images, strict=True)
+        ]
+
+    def _pixels(self, image: np.ndarray) -> np.ndarray:
+        # CLIPSeg's own processor squeezes the whole photograph into a square, so the answer covers all of it
+        square = Image.fromarray(image).resize((self.size_px, self.size_px), Image.Resampling.BILINEAR)
+        return (np.asarray(square, np.float32) / 255 - self.mean) / self.std
+
+    def _embed(self, subject_text: str) -> Any:
+        """Text embedding 1 E, one forward a category."""
+        import torch
+
+        if subject_text not in self._text_embeds:
+            prompt = self.prompt.format(subject_text)
+            tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.device)
+            with torch.inference_mode():
+                self._text_embeds[subject_text] = self.model.get_conditional_embeddings(
+                    batch_size=1, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                )
+        return self._text_embeds[subject_text]
+
+    def describe(self) -> dict[str, Any]:
+        import transformers
+
+        return {
+            "name": "clipseg",
+            "model": Path(self.model_name).name if Path(self.model_name).is_dir() else self.model_name,
+            "weights": _short_hash(self.model.state_dict()),
+            "size_px": self.size_px,
+            "prompt": self.prompt,
+            "transformers": transformers.__version__,
+        }
+
+
+class GrabCutSegmenter:
+    """GrabCut (Rother et al. 2004, OpenCV) from a centre prior; needs no weights and does not read the category.
+
+    The frame's border is background, the prior is contrast to the border's colours weighted towards the centre; the cut
+    is made at ``size_px``, loose parts are dropped, and the outline is softened into a probability.
+
+    Args:
+        size_px: longest side at which the cut is computed.
+        iterations: of GrabCut.
+        softness: standard deviation of the outline's blur, share of the longest side.
+    """
+
+    def __init__(self, *, size_px: int = 256, iterations: int = 5, softness: float = 0.01) -> None:
+        self.size_px, self.iterations, self.softness = size_px, iterations, softness
+
+    def segment(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray | Rejection]:
+        return [self._segment(image) for image in images]
+
+    def _segment(self, image: np.ndarray) -> np.ndarray | Rejection:
+        rows, columns = image.shape[:2]
+        factor = min(1.0, self.size_px / max(rows, columns))
+        shape = max(8, round(columns * factor)), max(8, round(rows * factor))
+        small = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
+        mask = initial_mask(small)
+        try:
+            cut = self._cut(small, mask)
+        except cv2.error as error:
+            return Rejection("segmenter_failed", f"GrabCut: {str(error).strip().splitlines()[-1]}; drop the sample")
+        if not cut.any():
+            return Rejection("no_foreground", "GrabCut found nothing; use segmenter.name=clipseg or drop the sample")
+        soft = cv2.resize(cut.astype(np.float32), (columns, rows), interpolation=cv2.INTER_LINEAR)
+        sigma = self.softness * max(rows, columns)
+        return np.clip(cv2.GaussianBlur(soft, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE), 0, 1)
+
+    def _cut(self, small: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Binary subject (0 or 1 uint8) after the cut, without specks and without parts far from the centre."""
+        cv2.setRNGSeed(0)  # GrabCut's k-means draws from OpenCV's global generator
+        background_model, foreground_model = np.zeros((1, 65)), np.zeros((1, 65))
+        bgr = np.ascontiguousarray(small[..., ::-1])
+        mask = mask.copy()
+        cv2.grabCut(bgr, mask, None, background_model, foreground_model, self.iterations, cv2.GC_INIT_WITH_MASK)
+        return keep_central_parts(np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "name": "grabcut",
+            "size_px": self.size_px,
+            "iterations": self.iterations,
+            "softness": self.softness,
+            "opencv": cv2.__version__,
+        }
+
+
+class AlphaSegmenter:
+    """The mask that came with the photograph; its values are the probability.
+
+    The masks are handed over with :meth:`set_masks` before each call, in the order of the images: where they come from
+    (an alpha channel, a file beside the photograph) is the reader's business.
+    """
+
+    def __init__(self) -> None:
+        self._masks: list[np.ndarray | None] = []
+
+    def set_masks(self, masks: Sequence[np.ndarray | None]) -> None:
+        """H W uint8 for each of the next images, or None where there is none."""
+        self._masks = list(masks)
+
+    def segment(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray | Rejection]:
+        if len(self._masks) != len(images):
+            raise ValueError(f"{len(self._masks)} masks for {len(images)} images: call set_masks first")
+        results: list[np.ndarray | Rejection] = []
+        for image, mask in zip(images, self._masks, strict=True):
+            if mask is None:
+                results.append(Rejection("no_mask", "no alpha channel and no mask file beside the photograph"))
+            elif mask.shape != image.shape[:2]:
+                detail = f"mask is {mask.shape}, the photograph {image.shape[:2]} (rows, columns)"
+                results.append(Rejection("bad_mask", detail))
+            else:
+                results.append(mask.astype(np.float32) / np.float32(255))
+        return results
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "alpha"}
+
+
+def initial_mask(small: np.ndarray) -> np.ndarray:
+    """GrabCut's start (H W uint8 of its four labels) from contrast to the border and nearness to the centre."""
+    rows, columns = small.shape[:2]
+    lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
+    edge_px = max(1, round(0.04 * min(rows, columns)))
+    border = np.zeros((rows, columns), bool)
+    border[:edge_px], border[-edge_px:], border[:, :edge_px], border[:, -edge_px:] = True, True, True, True
+    cv2.setRNGSeed(0)
+    _, _, centres = cv2.kmeans(
+        lab[border], min(6, int(border.sum())), None, (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 1.0), 1,
+        cv2.KMEANS_PP_CENTERS,
+    )  # fmt: skip
+    contrast = np.linalg.norm(lab[:, :, None] - centres, axis=-1).min(axis=-1)
+    contrast = cv2.GaussianBlur(contrast, (0, 0), 0.01 * max(rows, columns))
+    contrast /= max(float(np.percentile(contrast, 99)), 1e-3)
+    y = (np.arange(rows, dtype=np.float32)[:, None] - (rows - 1) / 2) / (0.5 * rows)
+    x = (np.arange(columns, dtype=np.float32)[None] - (columns - 1) / 2) / (0.5 * columns)
+    nearness = np.exp(-(x**2 + y**2) / (2 * 0.5**2))
+    score = nearness * (0.4 + contrast)
+    mask = np.full((rows, columns), cv2.GC_PR_BGD, np.uint8)
+    mask[score >= 0.45 * np.percentile(score, 98)] = cv2.GC_PR_FGD
+    mask[border] = cv2.GC_BGD
+    if not (mask == cv2.GC_PR_FGD).any():
+        mask[rows // 4 : -(rows // 4), columns // 4 : -(columns // 4)] = cv2.GC_PR_FGD
+    return mask
+
+
+def keep_central_parts(cut: np.ndarray) -> np.ndarray:
+    """``cut`` (0 or 1 uint8) with holes and specks closed and with the parts that weigh most at the centre only."""
+    rows, columns = cut.shape
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
+    cut = cv2.morphologyEx(cut, cv2.MORPH_OPEN, kernel)
+    count, labels = cv2.connectedComponents(cut, connectivity=8)
+    if count <= 1:
+        return cut
+    y = (np.arange(rows)[:, None] - (rows - 1) / 2) / (0.5 * rows)
+    x = (np.arange(columns)[None] - (columns - 1) / 2) / (0.5 * columns)
+    weights = np.bincount(labels.ravel(), np.exp(-(x**2 + y**2) / (2 * 0.4**2)).ravel(), minlength=count)
+    weights[0] = 0.0
+    kept = np.isin(labels, np.flatnonzero(weights >= 0.2 * weights.max())).astype(np.uint8)
+    # a hole smaller than 0.2 % of the frame is a highlight, not a gap
+    holes, hole_labels, stats, _ = cv2.connectedComponentsWithStats(1 - kept, connectivity=4)
+    small = [index for index in range(1, holes) if stats[index, cv2.CC_STAT_AREA] < 0.002 * rows * columns]
+    kept[np.isin(hole_labels, small)] = 1
+    return kept
+
+
+def _square_size(size: Any) -> int:
+    """Side in pixels from any spelling of a processor's ``size``."""
+    if isinstance(size, int):
+        return size
+    values = {int(value) for key, value in dict(size).items() if key in ("height", "width", "shortest_edge")}
+    if len(values) != 1:
+        raise ValueError(f"preprocessor_config.json: size={json.dumps(size)}, expected one square size")
+    return values.pop()
+
+
+def _short_hash(tensors: dict[str, Any]) -> str:
+    from blipdiff_train.common.files import sha256_tensors
+
+    return sha256_tensors(tensors)[:12]
