@@ -65,7 +65,7 @@ class ContextGenerator:
         names = list(names) if names is not None else [""] * len(images)
         if not len(images) == len(subject_texts) == len(names):
             raise ValueError(
-                f"{len(images)} images, {len(subject_texts)} subject_texts, {len(names)} names: expected as many of each"
+                f"{len(images)} images, {len(subject_texts)} subject_texts, {len(names)} names: expected equal"
             )
         started = time.perf_counter()
         probabilities = self.segmenter.segment(images, subject_texts)

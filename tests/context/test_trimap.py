@@ -42,15 +42,15 @@ def test_a_margin_does_not_erode_at_the_frame():
 @pytest.mark.parametrize(
     ("value", "margin", "cause", "words"),
     [
-        (0.0, 0.0, "no_foreground", ["0 of 256 pixels ≥ 0.9", "subject_text='dog'", "00012/000345", "lower trimap.fore"]),
+        (0.0, 0.0, "no_foreground", ["0 of 256 pixels ≥ 0.9", "subject_text='dog'", "00012/000345", "lower trimap."]),
         (1.0, 0.0, "no_background", ["0 of 256 pixels ≤ 0.1", "raise trimap.background_threshold"]),
         (0.5, 0.0, "no_foreground", ["0 of 256"]),
         (np.nan, 0.0, "bad_probability", ["not finite"]),
     ],
 )  # fmt: skip
 def test_degenerate_trimaps_are_typed_rejections(value, margin, cause, words):
+    seg_prob = np.full((16, 16), value, np.float32)
     with pytest.raises(Rejected) as caught:
-        seg_prob = np.full((16, 16), value, np.float32)
         make_trimap(seg_prob, **THRESHOLDS, margin=margin, subject_text="dog", sample="00012/000345")
     assert caught.value.rejection.cause == cause
     for word in words:
