@@ -53,25 +53,24 @@ def negative_weights(sim: Tensor, inadmissible: Tensor) -> Tensor:
     return torch.softmax(sim, dim=1).nan_to_num(0.0)
 
 
-def sample_hard_negatives(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_hard_negatives(weights: Tensor, generator: torch.Generator) -> Tensor:
     """One draw a row from ``weights`` (B, G) of :func:`negative_weights`.
 
     Args:
         generator: a CPU generator, whatever the device of ``weights``.
 
     Returns:
-        index (B,) int64 into the G pairs, never a pair of weight zero where a row has any other; and exists (B,) bool,
-        False for rows without an admissible pair, whose index is 0 and must not be counted.
+        (B,) int64 into the G pairs; never a pair of weight zero, except that a row of zeros (no admissible pair) gets
+        0 and must not be counted.
     """
     uniform = torch.rand(weights.shape[0], 1, generator=generator, dtype=torch.float64).to(weights.device)
     cumulative = weights.double().cumsum(1)
     total = cumulative[:, -1:]
     # right=True passes over pairs of weight zero: their cumulative value equals the one before
     index = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(1)
-    # uniform·total may round up to total: take the likeliest pair then, which is admissible
-    index = torch.where(index < weights.shape[1], index, weights.argmax(1))
-    exists = total.squeeze(1) > 0
-    return index * exists, exists
+    # past the end where uniform·total rounds up to total: take the likeliest pair then, which is admissible;
+    # and for a row of zeros, where the likeliest is the first
+    return torch.where(index < weights.shape[1], index, weights.argmax(1))
 
 
 def itm_loss(logits: Tensor, labels: Tensor, exists: Tensor) -> MatchingResult:

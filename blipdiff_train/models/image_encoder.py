@@ -32,7 +32,7 @@ class ImageEncoder(nn.Module):
         num_layers = len(tower.encoder.layers)
         if not 0 <= skip_last_layers < num_layers:
             raise ValueError(
-                f"skip_last_layers={skip_last_layers}, expected 0 to {num_layers - 1}: the tower has {num_layers} layers"
+                f"skip_last_layers={skip_last_layers}, must leave one of the tower's {num_layers} layers at least"
             )
         self.config: CLIPVisionConfig = tower.config
         self.embeddings = tower.embeddings

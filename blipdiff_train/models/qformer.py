@@ -106,9 +106,7 @@ class Fp32LayerNorm(nn.LayerNorm):
     """Layer norm computed in fp32 whatever goes in; the result has the parameters' dtype, so the next matmul agrees."""
 
     def forward(self, states: Tensor) -> Tensor:
-        normed = F.layer_norm(
-            states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
+        normed = F.layer_norm(states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(self.weight.dtype)
 
 
