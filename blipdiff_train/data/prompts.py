@@ -43,7 +43,7 @@ class PromptTemplate:
     name: str
     subject_position: int
 
-    def text(self, subject: str, prompt: str, *, repetitions: int = 1) -> str:
+    def text(self, subject: str, prompt: str, *, repetitions: int = 1, is_sentence: bool = False) -> str:
         """The sentence beside which the subject embeddings stand.
 
         Args:
@@ -51,6 +51,7 @@ class PromptTemplate:
             prompt: the rest ("swimming underwater"); may be empty.
             repetitions: copies of the sentence, joined by ", " (``release`` only): the references' way to
                 make the text weigh more against the subject at inference.
+            is_sentence: ``prompt`` is a whole caption ("a dog under water") and stays as it is; LAVIS trains on such.
 
         Raises:
             ValueError: ``repetitions`` < 1.
@@ -60,22 +61,24 @@ class PromptTemplate:
                 f"the prompt would be repeated {repetitions} times; prompt_strength × prompt_reps must be at least 1"
             )
         if self.name == "paper":
-            return f"{self._sentence(subject, prompt)}, the {subject.strip()} is"
-        return ", ".join([self._sentence(subject, prompt)] * repetitions)
+            return f"{self._sentence(subject, prompt, is_sentence)}, the {subject.strip()} is"
+        return ", ".join([self._sentence(subject, prompt, is_sentence)] * repetitions)
 
-    def text_without_subject(self, subject: str, prompt: str, *, repetitions: int = 1) -> str:
+    def text_without_subject(
+        self, subject: str, prompt: str, *, repetitions: int = 1, is_sentence: bool = False
+    ) -> str:
         """The sentence for a sample whose subject embeddings are dropped: the text prompt alone guides.
 
         The category word stays in both templates: it is part of the text prompt, only the picture is taken
         away.
         """
         if self.name == "paper":
-            return self._sentence(subject, prompt)
-        return self.text(subject, prompt, repetitions=repetitions)
+            return self._sentence(subject, prompt, is_sentence)
+        return self.text(subject, prompt, repetitions=repetitions, is_sentence=is_sentence)
 
     @staticmethod
-    def _sentence(subject: str, prompt: str) -> str:
-        return f"a {subject.strip()} {prompt.strip()}".strip()
+    def _sentence(subject: str, prompt: str, is_sentence: bool) -> str:
+        return prompt.strip() if is_sentence else f"a {subject.strip()} {prompt.strip()}".strip()
 
 
 def get_template(name: str) -> PromptTemplate:

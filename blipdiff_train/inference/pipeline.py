@@ -259,10 +259,14 @@ class SubjectPipeline:
                 check_shape(embeds, "N Q D", name="subject_embeds", N=len(subjects))
             if len(subjects) != num_prompts:
                 embeds = embeds.expand(num_prompts, -1, -1)
+        # a release folder may say where its embeddings stand (`ctx_begin_pos`)
+        position = rules.subject_position
+        if rules.name == "release":
+            position = metadata.get("subject_position", position)
         conditions = self.encode_prompts(
             texts,
             embeds,
-            rules.subject_position,
+            position,
             negative_prompts=[negative_prompt] * num_prompts if guidance > 1.0 else None,
         )
 

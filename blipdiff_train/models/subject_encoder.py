@@ -116,6 +116,7 @@ class SubjectEncoder(nn.Module):
         tokens = self.tokenizer(
             list(subject_text),
             padding="longest",
+            padding_side="right",
             truncation=True,
             max_length=self.qformer.config.max_position_embeddings,
             return_tensors="pt",

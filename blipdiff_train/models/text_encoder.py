@@ -195,7 +195,8 @@ class TextEncoder(nn.Module):
     def _encode_embeds(self, embeds: Tensor) -> Tensor:
         from transformers.masking_utils import create_causal_mask
 
-        hidden_states = self.model.embeddings(inputs_embeds=embeds)  # adds the position embeddings
+        positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0)  # 1 L
+        hidden_states = self.model.embeddings(inputs_embeds=embeds, position_ids=positions)
         mask = create_causal_mask(
             config=self.model.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
         )

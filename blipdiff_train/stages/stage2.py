@@ -1,0 +1,350 @@
+"""Stage 2: learn to draw a subject that is shown by a picture, in the scene that a sentence asks for.
+
+Sources: paper sections 3.2 and 4.1; LAVIS ``blip_diffusion.py`` ``forward``. The subject's picture (on a random
+background) becomes ``subject_embeds``, these go into the prompt, the prompt conditions the UNet, and the UNet learns to
+predict the noise in the latents of the target picture.
+
+Deliberate differences from LAVIS:
+
+* Q-Former and projection train with the text encoder and the UNet, as in the paper; in LAVIS both flags are off, and
+  the Q-Former would get no gradient if they were on.
+* Captions of any length in one batch: prompts are padded as at inference (LAVIS pads nothing, and needs equal lengths).
+* A share of the samples has its subject dropped (paper: 15 %); the data decides which, the released code never does.
+* Noise, timestep and posterior sample of a sample are functions of (seed, its position in the global order), dropout
+  of (seed, the step's first position, rank): a resumed run continues with the same numbers.
+* The loss is logged under the name of the one thing that is optimised, and validated with fixed noise, with the own
+  subject, none, and another's: the differences say whether the subject is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from blipdiff_train.common import distributed
+from blipdiff_train.common.rng import derive_seed, torch_generator
+from blipdiff_train.data.prompts import get_template
+from blipdiff_train.losses.diffusion import noise_prediction_loss
+from blipdiff_train.models.denoiser import draw_normal, draw_timesteps
+from blipdiff_train.models.ema import ParameterAverage
+from blipdiff_train.models.freezing import keep_frozen_in_eval, set_trainable
+from blipdiff_train.models.modes import evaluating
+from blipdiff_train.models.parts import ModelParts
+from blipdiff_train.stages.optim import build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    from blipdiff_train.data.samples import Stage2Batch
+
+PAPER_TRAINABLE = ("qformer.*", "projection.*", "text_encoder.*", "unet.*")
+"""Paper, section 4.1: everything but the image tower and the VAE."""
+
+WITHOUT_GRADIENT = ("image_encoder.", "vae.")
+"""Parts that run without a graph: training them is not possible, so asking for it is an error."""
+
+VALIDATION_FRACTIONS = (0.1, 0.35, 0.6, 0.85)
+"""Where on the noise schedule validation looks, as fractions of T: from almost clean to almost noise."""
+
+
+class Stage2Module(LightningModule):
+    """The training step of stage 2 over built parts.
+
+    Args:
+        parts: with projection, text encoder and denoiser; its modules train in place.
+        template: ``release`` or ``paper``.
+        total_steps: optimizer steps of the whole run.
+        lr, weight_decay, betas, eps, schedule, warmup_steps, warmup_lr, min_lr: see ``stages.optim``.
+        seed: of all randomness in the step; 0 is a seed.
+        trainable: name patterns under ``qformer.``, ``projection.``, ``text_encoder.`` and ``unet.``, see
+            ``models.freezing``. What no subject embedding depends on is left out by itself.
+        ema_decay: of the averaged weights; None keeps none.
+        gradient_checkpointing: recompute activations of Q-Former, text encoder and UNet in the backward pass.
+
+    Attributes:
+        trainable_report: what trains and what does not.
+        ema: the averaged weights, or None.
+
+    Raises:
+        ValueError: a part is missing, an unknown template, or patterns that match nothing or a part without gradient.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        *,
+        template: str,
+        total_steps: int,
+        lr: float,
+        seed: int,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        warmup_lr: float = 0.0,
+        min_lr: float = 0.0,
+        trainable: Sequence[str] = PAPER_TRAINABLE,
+        ema_decay: float | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        parts.require("projection", "text_encoder", "denoiser", purpose="stage 2")
+        self.parts = parts
+        self.template = get_template(template)
+        self.seed = seed
+        self.optimizer_settings = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
+        self.schedule_settings = {
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "total_steps": total_steps,
+            "warmup_lr": warmup_lr,
+            "min_lr": min_lr,
+        }
+        # registered one by one, under the names that configurations, checkpoints and gradient norms use
+        self.image_encoder = parts.image_encoder
+        self.qformer = parts.qformer
+        self.projection = parts.projection
+        self.text_encoder = parts.text_encoder
+        self.vae = parts.denoiser.vae
+        self.unet = parts.denoiser.unet
+        # the same modules in use; not registered, or each parameter would have two names
+        object.__setattr__(self, "subject_encoder", parts.subject_encoder())
+        object.__setattr__(self, "denoiser", parts.denoiser)
+
+        idle = [f"!{name}" for name in sorted(self.subject_encoder.idle_parameters())]
+        self.trainable_report = set_trainable(self, [*trainable, *idle])
+        impossible = [name for name in self.trainable_report.trainable if name.startswith(WITHOUT_GRADIENT)]
+        if impossible:
+            raise ValueError(
+                f"trainable={list(trainable)} takes in {impossible[0]} and {len(impossible) - 1} more that run without "
+                "gradient; name the parts to train, e.g. " + ", ".join(PAPER_TRAINABLE)
+            )
+        if gradient_checkpointing:
+            self.qformer.set_gradient_checkpointing(True)
+            self.text_encoder.model.gradient_checkpointing_enable()
+            self.unet.enable_gradient_checkpointing()
+        self.ema = ParameterAverage(self.named_parameters(), ema_decay) if ema_decay is not None else None
+        self._has_averages = False
+        self.train()
+
+    def train(self, mode: bool = True) -> Stage2Module:
+        """Training mode for what trains; parts without a trainable parameter stay in eval mode."""
+        super().train(mode)
+        keep_frozen_in_eval(self)
+        return self
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Stage2Batch, batch_idx: int) -> Tensor:
+        # dropout is the one thing drawn from the global generator: seeded here, it survives an interruption
+        torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.positions[0]), distributed.rank()))
+        return self.log_and_sum({"noise": self.noise_loss(batch)}, len(batch))
+
+    def noise_loss(self, batch: Stage2Batch) -> Tensor:
+        """The noise-prediction loss (scalar fp32) of a batch, with the batch's own random numbers."""
+        positions = batch.positions.tolist()
+        subject_embeds = self.subject_encoder(batch.subject_image, batch.subject_text)  # B Q D
+        prompt_embeds = self.encode_prompts(batch, subject_embeds, batch.subject_dropped)  # B L D
+        latents = self.latents(batch, self.generators("posterior", positions))  # B C h w
+        noise = draw_normal(latents.shape[1:], self.generators("noise", positions)).to(latents)
+        timesteps = draw_timesteps(self.denoiser.num_train_timesteps, self.generators("timestep", positions)).to(
+            latents.device
+        )
+        noisy_latents = self.denoiser.add_noise(latents, noise, timesteps)
+        prediction = self.denoiser.predict_noise(noisy_latents, timesteps, prompt_embeds)
+        return noise_prediction_loss(prediction, self.denoiser.training_target(latents, noise, timesteps))
+
+    def encode_prompts(self, batch: Stage2Batch, subject_embeds: Tensor, subject_dropped: Tensor) -> Tensor:
+        """Hidden states (B L D) of the batch's sentences, with the subject spliced in where it is not dropped."""
+        texts = self.sentences(batch, subject_dropped)
+        return self.text_encoder(texts, subject_embeds, subject_dropped, self.template.subject_position)
+
+    def sentences(self, batch: Stage2Batch, subject_dropped: Tensor) -> list[str]:
+        """B sentences by the template. A prompt that is the sample's caption is a sentence already, as in LAVIS."""
+        rows = zip(batch.subject_text, batch.prompt, batch.caption, subject_dropped.tolist(), strict=True)
+        return [
+            (self.template.text_without_subject if dropped else self.template.text)(
+                subject, prompt, is_sentence=prompt == caption
+            )
+            for subject, prompt, caption, dropped in rows
+        ]
+
+    def latents(self, batch: Stage2Batch, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Scaled latents (B C h w) of the target, from the cached moments where the batch has them.
+
+        Args:
+            generators: one a sample, for the draw from the posterior; None takes its mean.
+        """
+        moments = batch.latent_moments
+        if moments is None:
+            moments = self.denoiser.encode_moments(batch.target_image)  # B 2C h w
+        if generators is None:
+            return self.denoiser.sample_latents(moments)
+        _, channels, height, width = moments.shape
+        return self.denoiser.sample_latents(moments, draw_normal((channels // 2, height, width), generators))
+
+    def generators(self, purpose: str, positions: Sequence[int], *indices: int) -> list[torch.Generator]:
+        """One CPU generator for each sample; its numbers do not depend on batch, rank or history."""
+        return [torch_generator(self.seed, purpose, position, *indices) for position in positions]
+
+    def log_and_sum(self, losses: dict[str, Tensor], batch_size: int) -> Tensor:
+        """Log each loss and their sum, and return the sum: what is logged is what is optimised."""
+        total = torch.stack(list(losses.values())).sum()
+        values = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
+        self.log_dict({**values, "train/loss": total.detach()}, batch_size=batch_size)
+        return total
+
+    # ---- validation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        if self.ema is not None:
+            self.ema.swap_in()
+            self._has_averages = True
+
+    def on_validation_epoch_end(self) -> None:
+        # before on_validation_end, where checkpoints are written: they hold the weights, not their average
+        if self.ema is not None:
+            self.ema.swap_out()
+            self._has_averages = False
+
+    def _averages(self) -> AbstractContextManager[None]:
+        """Inside, the averaged weights are in place, where there are any."""
+        return nullcontext() if self.ema is None or self._has_averages else self.ema.swapped()
+
+    def validation_step(self, batch: Stage2Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        losses = self.validation_losses(batch)
+        self.log_dict(
+            {f"val/{name}": value for name, value in losses.items()},
+            batch_size=len(batch),
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+
+    @torch.no_grad()
+    def validation_losses(self, batch: Stage2Batch) -> dict[str, Tensor]:
+        """Noise losses at fixed noise on a fixed ladder of timesteps, scalars.
+
+        ``loss_noise`` with each sample's own subject (also by timestep, ``loss_noise_t0100`` …), ``loss_noise_dropped``
+        without any, ``loss_noise_swapped`` with the next sample's (absent in a batch of one). A model that uses the
+        subject has the first below the other two. Latents are the posterior's mean.
+        """
+        positions = batch.positions.tolist()
+        own = self.subject_encoder(batch.subject_image, batch.subject_text)  # B Q D
+        none_dropped = torch.zeros(len(batch), dtype=torch.bool)
+        prompts = {
+            "loss_noise": self.encode_prompts(batch, own, none_dropped),
+            "loss_noise_dropped": self.encode_prompts(batch, own, ~none_dropped),
+        }
+        if len(batch) > 1:
+            prompts["loss_noise_swapped"] = self.encode_prompts(batch, own.roll(1, dims=0), none_dropped)
+
+        latents = self.latents(batch, generators=None)
+        losses: dict[str, list[Tensor]] = {name: [] for name in prompts}
+        result = {}
+        for timestep in self.validation_timesteps():
+            noise = draw_normal(latents.shape[1:], self.generators("validation_noise", positions, timestep)).to(latents)
+            timesteps = torch.full((len(batch),), timestep, device=latents.device)
+            noisy_latents = self.denoiser.add_noise(latents, noise, timesteps)
+            target = self.denoiser.training_target(latents, noise, timesteps)
+            for name, prompt_embeds in prompts.items():
+                prediction = self.denoiser.predict_noise(noisy_latents, timesteps, prompt_embeds)
+                losses[name].append(noise_prediction_loss(prediction, target))
+            result[f"loss_noise_t{timestep:04d}"] = losses["loss_noise"][-1]
+        return {**{name: torch.stack(values).mean() for name, values in losses.items()}, **result}
+
+    def validation_timesteps(self) -> list[int]:
+        """The fixed ladder of timesteps, from the schedule's length."""
+        return [int(fraction * self.denoiser.num_train_timesteps) for fraction in VALIDATION_FRACTIONS]
+
+    # ---- pictures --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_grid(
+        self, batch: Stage2Batch, *, num: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
+    ) -> Image.Image:
+        """A picture with a row a sample: what conditions, the target, what is generated for the same sentence.
+
+        Args:
+            batch: its first ``num`` samples are drawn; a dropped subject is put back.
+            steps, guidance: of the PNDM sampler.
+            seed: of the initial noise, which differs from row to row.
+
+        Averaged weights are used where there are any.
+        """
+        num = min(num, len(batch))
+        with evaluating(self), self._averages():
+            subject_embeds = self.subject_encoder(batch.subject_image[:num], batch.subject_text[:num])
+            texts = self.sentences(batch, torch.zeros(len(batch), dtype=torch.bool))[:num]
+            prompt_embeds = self.text_encoder(texts, subject_embeds, subject_position=self.template.subject_position)
+            moments = None if batch.latent_moments is None else batch.latent_moments[:num]
+            if batch.target_image is None:
+                targets = self.denoiser.decode(self.denoiser.sample_latents(moments))
+            else:
+                targets = batch.target_image[:num].float() / 2 + 0.5  # [−1, 1] → [0, 1]
+            shape = self.denoiser.latent_shape(*targets.shape[-2:])
+            latents = draw_normal(shape, [torch_generator(seed, "latents", number) for number in range(num)])
+            generated = self.denoiser.decode(
+                self.denoiser.sample(
+                    latents.to(targets.device),
+                    prompt_embeds,
+                    self.text_encoder([""] * num),
+                    steps=steps,
+                    guidance=guidance,
+                )
+            )
+        mean, std = (
+            torch.tensor(values, device=targets.device).view(1, 3, 1, 1)
+            for values in (self.parts.image_mean, self.parts.image_std)
+        )
+        inputs = batch.subject_image[:num].float() * std + mean
+        return _draw_grid([inputs, targets, generated], texts)
+
+    # ---- optimization ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.named_parameters(), **self.optimizer_settings)
+        schedule = build_schedule(optimizer, **self.schedule_settings)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+
+
+GRID_COLUMNS = ("input", "target", "generated")
+GRID_MARGIN_PX = 4
+GRID_LINE_PX = 14
+
+
+def _draw_grid(columns: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Columns of pictures (N 3 H W) in [0, 1], scaled to one tile size, a caption under each row."""
+    tile = min(256, max(96, columns[1].shape[-1]))
+    step = tile + GRID_MARGIN_PX
+    width, height = step * len(columns) + GRID_MARGIN_PX, GRID_LINE_PX + (step + GRID_LINE_PX) * len(captions)
+    grid = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, (name, pictures) in enumerate(zip(GRID_COLUMNS, columns, strict=True)):
+        left = GRID_MARGIN_PX + column * step
+        draw.text((left, 1), name, fill="black")
+        arrays = (pictures.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # N H W 3
+        for row, array in enumerate(arrays):
+            top = GRID_LINE_PX + row * (step + GRID_LINE_PX)
+            grid.paste(Image.fromarray(array).resize((tile, tile), Image.Resampling.BICUBIC), (left, top))
+    for row, caption in enumerate(captions):
+        top = GRID_LINE_PX + row * (step + GRID_LINE_PX) + tile
+        draw.text((GRID_MARGIN_PX, top), caption[: width // 6], fill="black")
+    return grid
