@@ -1,0 +1,84 @@
+"""Samples by their position in the global order; a bad one is replaced by a deterministic neighbour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from torch.utils.data import Dataset
+
+from blipdiff_train.data.faults import FaultMonitor, TooManyBadSamples
+from blipdiff_train.data.order import Place
+from blipdiff_train.data.shards import SampleError, ShardSet
+
+MAX_NEIGHBOURS = 64
+"""How far a replacement is looked for."""
+
+Sample = TypeVar("Sample")
+
+
+class PositionDataset(Dataset, Generic[Sample]):
+    """``dataset[position]`` is a sample; any process that asks for a position gets the same one.
+
+    A sample that cannot be read or decoded is replaced by the next in the order that can; its own position keeps all
+    randomness, so no other position notices.
+
+    Args:
+        order: position → place.
+        shard_sets: one for each data set of the order.
+        transform: (record, position) → sample, with a ``suffixes`` attribute; raises SampleError for bad samples.
+        faults: keeps count.
+        num_positions: length to report; None for an endless training order.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], Place],
+        shard_sets: Sequence[ShardSet],
+        transform: Callable[..., Sample],
+        faults: FaultMonitor,
+        *,
+        num_positions: int | None = None,
+    ):
+        self.order, self.shard_sets, self.transform, self.faults = order, list(shard_sets), transform, faults
+        self.num_positions = num_positions
+        self._bad: dict[tuple[int, int], str] = {}
+
+    def __len__(self) -> int:
+        if self.num_positions is None:
+            raise TypeError("a training order has no end")
+        return self.num_positions
+
+    def __getitem__(self, position: int) -> Sample:
+        self.faults.seen()
+        fault = None
+        for step in range(MAX_NEIGHBOURS):
+            place = self.order(position + step)
+            cause = self._bad.get((place.dataset, place.index))
+            if cause is None:
+                try:
+                    sample = self._read(place, position)
+                except SampleError as error:
+                    cause = error.cause
+                    self._report(error, place)
+                else:
+                    if fault is not None:
+                        sample.fault = fault
+                        self.faults.replaced(fault)
+                    return sample
+            fault = fault or cause
+        raise TooManyBadSamples(
+            self.faults.summary(f"and none of {MAX_NEIGHBOURS} samples from position {position} on is good")
+        )
+
+    def _read(self, place: Place, position: int) -> Sample:
+        record = self.shard_sets[place.dataset].read(place.index, self.transform.suffixes)
+        return self.transform(record, position)
+
+    def _report(self, error: SampleError, place: Place) -> None:
+        shards = self.shard_sets[place.dataset]
+        shard, _ = shards.locate(place.index)
+        self._bad[place.dataset, place.index] = error.cause
+        self.faults.report(
+            cause=error.cause, message=str(error), shard=shards.shards[shard].name, key=shards.key(place.index)
+        )

@@ -1,0 +1,428 @@
+"""From a record's bytes to tensors; everything random is drawn from (seed, purpose, position).
+
+Resizing is bicubic with antialiasing, as the reference's (golden notes 32 and 33), by torch's uint8 kernel: within one
+grey level of Pillow's and several times as fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from blipdiff_train.common.images import FORMATS, MAX_PIXELS
+from blipdiff_train.common.rng import numpy_generator
+from blipdiff_train.context import composite
+from blipdiff_train.data.samples import Stage1Sample, Stage2Sample
+from blipdiff_train.data.shards import SampleError, ShardSet
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Golden note 32; a model folder's ``image_processor`` overrides them."""
+
+PHOTO_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FOREGROUND_SUFFIXES = ("fg.jpg", "fg.png")
+ALPHA_SUFFIX = "alpha.png"
+LATENT_SUFFIX = "latent.npy"
+
+_BACKGROUND_DRAWS = 8
+_EXIF_ORIENTATION = 0x0112
+
+Record = Mapping[str, bytes | str]
+
+
+# -------------------------------------------------------------------------------------------------- members to arrays
+
+
+def decode_photo(
+    record: Record,
+    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    shrink_to: int | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The first of ``suffixes`` that is there, decoded and upright.
+
+    Args:
+        record: a sample's members.
+        suffixes: in order of preference.
+        max_pixels: limit of width × height, checked on the header.
+        shrink_to: a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as its shorter side keeps this many pixels.
+
+    Returns:
+        The image (H W 3 uint8) and the (height, width) it has without shrinking.
+
+    Raises:
+        SampleError: missing, not an image, truncated, too large.
+    """
+    for suffix in suffixes:
+        if suffix in record:
+            return _decode(record[suffix], "RGB", _name(record, suffix), max_pixels, shrink_to)
+    raise SampleError("missing member", f"{_name(record)} has none of {', '.join('.' + suffix for suffix in suffixes)}")
+
+
+def decode_alpha(record: Record, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The matte: H W uint8, 255 is subject.
+
+    Raises:
+        SampleError: missing, not an image, truncated, too large, or without a pixel that is subject by half.
+    """
+    if ALPHA_SUFFIX not in record:
+        raise SampleError("missing member", f"{_name(record)} has no .{ALPHA_SUFFIX}")
+    alpha_matte, _ = _decode(record[ALPHA_SUFFIX], "L", _name(record, ALPHA_SUFFIX), max_pixels, None)
+    if alpha_matte.size == 0 or alpha_matte.max() < 128:
+        raise SampleError("empty matte", f"{_name(record, ALPHA_SUFFIX)}: no pixel is subject")
+    return alpha_matte
+
+
+def _decode(
+    data: bytes, mode: str, name: str, max_pixels: int, shrink_to: int | None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise SampleError("image too large", f"{name}: {width}×{height} pixels, limit {max_pixels} in all")
+        if shrink_to is not None and image.format == "JPEG" and min(width, height) >= 2 * shrink_to:
+            image.draft(mode, (shrink_to * width // min(width, height), shrink_to * height // min(width, height)))
+        image.load()
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            if image.getexif()[_EXIF_ORIENTATION] in (5, 6, 7, 8):
+                width, height = height, width
+            image = ImageOps.exif_transpose(image)
+        if image.mode != mode:
+            # 16 bits a pixel would be clipped, not scaled, by convert
+            image = image.point(lambda value: value / 256, "L") if image.mode.startswith("I") else image.convert(mode)
+            image = image.convert(mode)
+        return np.array(image), (height, width)  # a copy: torch wants memory it may write to
+    except SampleError:
+        raise
+    except UnidentifiedImageError as error:
+        raise SampleError("not an image", f"{name}: not a {', '.join(FORMATS)} image") from error
+    except Exception as error:  # decoders raise what they like on broken files: OSError, SyntaxError, struct.error, …
+        if isinstance(error, MemoryError):
+            raise
+        raise SampleError("undecodable image", f"{name}: cannot be decoded: {error}") from error
+
+
+def read_info(record: Record) -> dict[str, object]:
+    """The sample's JSON, with ``"caption"`` from ``.txt`` when that is there; an empty dict without a ``.json``.
+
+    Raises:
+        SampleError: not JSON, not an object, or not UTF-8.
+    """
+    info: dict[str, object] = {}
+    if "json" in record:
+        try:
+            info = json.loads(record["json"])
+        except (ValueError, RecursionError) as error:
+            raise SampleError("bad json", f"{_name(record, 'json')}: {error}") from error
+        if not isinstance(info, dict):
+            raise SampleError("bad json", f"{_name(record, 'json')}: {type(info).__name__}, expected an object")
+    if "txt" in record:
+        try:
+            info["caption"] = record["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SampleError("bad text", f"{_name(record, 'txt')}: not UTF-8") from error
+    return info
+
+
+def text_field(record: Record, info: Mapping[str, object], field: str) -> str:
+    """A non-empty text of the sample's JSON, stripped.
+
+    Raises:
+        SampleError: missing, empty, or not text.
+    """
+    value = info.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise SampleError(f"missing {field}", f"{_name(record)}: {field} is {value!r:.60}, expected a text")
+    return value.strip()
+
+
+def image_number(record: Record, info: Mapping[str, object]) -> int:
+    """What samples of one photograph share, int64 ≥ 0: made from the JSON's ``image_id``, or else from the key."""
+    identity = info.get("image_id", record["__key__"])
+    digest = hashlib.blake2b(f"{type(identity).__name__}:{identity}".encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def decode_latent(record: Record, info: Mapping[str, object], expected: str) -> Tensor:
+    """Cached VAE moments (2C h w float32), if they were made as ``expected`` says.
+
+    Args:
+        expected: hash of the VAE and transform; must equal the JSON's ``"latent"``.
+
+    Raises:
+        SampleError: missing, made by another VAE or transform, not a plain float array, not finite.
+    """
+    name = _name(record, LATENT_SUFFIX)
+    if LATENT_SUFFIX not in record:
+        raise SampleError("missing member", f"{_name(record)} has no .{LATENT_SUFFIX}")
+    if info.get("latent") != expected:
+        raise SampleError("stale latent", f"{name}: made as {str(info.get('latent'))[:80]!r}, expected {expected!r}")
+    stream = io.BytesIO(record[LATENT_SUFFIX])
+    try:
+        version = np.lib.format.read_magic(stream)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = readers[version](stream)
+        data = record[LATENT_SUFFIX][stream.tell() :]
+        if fortran or dtype.kind != "f" or len(shape) != 3 or math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{dtype} {shape} in {len(data)} bytes")
+        moments = np.frombuffer(data, dtype).reshape(shape).astype(np.float32)
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise SampleError("bad latent", f"{name}: expected a (2C, h, w) float array: {error}") from error
+    if not np.isfinite(moments).all():
+        raise SampleError("bad latent", f"{name}: NaN or infinite")
+    return torch.from_numpy(moments)
+
+
+def _name(record: Record, suffix: str | None = None) -> str:
+    return f"{record.get('__shard__', 'record')}: {record.get('__key__', '?')}" + (f".{suffix}" if suffix else "")
+
+
+# -------------------------------------------------------------------------------------------------- arrays to tensors
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialiasing: H W 3 uint8 to ``height width 3`` uint8."""
+    if image.shape[:2] == (height, width):
+        return image
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels last: the fast path
+    resized = F.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def resize_and_crop(image: np.ndarray, size: int, generator: np.random.Generator | None = None) -> np.ndarray:
+    """Shorter side to ``size``, then a square crop: the middle, or at random with a generator."""
+    rows, columns = image.shape[:2]
+    # as torchvision: the longer side is cut to a whole number, the offset rounded
+    if rows <= columns:
+        height, width = size, max(size, int(size * columns / rows))
+    else:
+        height, width = max(size, int(size * rows / columns)), size
+    image = resize(image, height, width)
+    share_top, share_left = (0.5, 0.5) if generator is None else generator.random(2)
+    top, left = round((height - size) * share_top), round((width - size) * share_left)
+    return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Generator, min_scale: float) -> np.ndarray:
+    """A random part of ``min_scale``..1 of the area, sides 3:4 to 4:3, resized to ``size size 3``; as torchvision's."""
+    rows, columns = image.shape[:2]
+    for _ in range(10):
+        area = rows * columns * generator.uniform(min_scale, 1.0)
+        ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width, height = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < width <= columns and 0 < height <= rows:
+            top, left = generator.integers(0, rows - height + 1), generator.integers(0, columns - width + 1)
+            return resize(image[top : top + height, left : left + width], size, size)
+    return resize_and_crop(image, size)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(x / 255 − mean) / std of each channel."""
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        """H W 3 uint8 → (3, H, W) float32."""
+        scale = torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
+        shift = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)])[:, None, None]
+        return _planes(image).mul_(scale).add_(shift)
+
+
+def to_target(image: np.ndarray) -> Tensor:
+    """H W 3 uint8 → (3, H, W) float32 in [-1, 1]."""
+    return _planes(image).mul_(1 / 127.5).sub_(1.0)
+
+
+def _planes(image: np.ndarray) -> Tensor:
+    planes = torch.empty((3, *image.shape[:2]), dtype=torch.float32)
+    return planes.copy_(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+
+
+def drawn_background(size: int, generator: np.random.Generator) -> np.ndarray:
+    """A background for when there are no photographs of any: one colour, or soft blotches. ``size size 3`` uint8."""
+    cells = (1, 2, 4, 8)[int(generator.integers(4))]
+    coarse = generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+# -------------------------------------------------------------------------------------------------------- the stages
+
+
+@dataclass
+class Stage1Transform:
+    """Photograph and caption → :class:`Stage1Sample`.
+
+    Args:
+        image_size: S.
+        seed: of the run.
+        train: False takes the middle of the photograph, never mirrored.
+        min_crop_scale: smallest share of the photograph's area in a training crop; 1 takes the middle as in validation.
+            LAVIS trains with 0.5.
+        flip_probability: of a left-right mirroring in training; LAVIS 0.5.
+        normalisation: of the image tower.
+        max_pixels: see :func:`decode_photo`.
+    """
+
+    image_size: int
+    seed: int
+    train: bool = True
+    min_crop_scale: float = 0.5
+    flip_probability: float = 0.5
+    normalisation: Normalisation = Normalisation()
+    max_pixels: int = MAX_PIXELS
+
+    suffixes = (*PHOTO_SUFFIXES, "json", "txt")
+
+    def __call__(self, record: Record, position: int) -> Stage1Sample:
+        """Raises: SampleError, with the cause."""
+        info = read_info(record)
+        caption = text_field(record, info, "caption")
+        image, _ = decode_photo(record, max_pixels=self.max_pixels, shrink_to=2 * self.image_size)
+        if self.train:
+            generator = numpy_generator(self.seed, "crop", position)
+            flip = generator.random() < self.flip_probability
+            if self.min_crop_scale < 1:
+                image = random_resized_crop(image, self.image_size, generator, self.min_crop_scale)
+            else:
+                image = resize_and_crop(image, self.image_size)
+            image = image[:, ::-1] if flip else image
+        else:
+            image = resize_and_crop(image, self.image_size)
+        return Stage1Sample(
+            image=self.normalisation(image),
+            caption=caption,
+            image_id=image_number(record, info),
+            key=str(record["__key__"]),
+            position=position,
+        )
+
+
+@dataclass
+class Stage2Transform:
+    """Annotated photograph → :class:`Stage2Sample`: the subject on another background, and the photograph to draw.
+
+    Args:
+        image_size: S, side of the subject image.
+        target_size: H = W, side of the target; the composite is made at this size and then resized to S.
+        seed: of the run.
+        backgrounds: photographs to put subjects on; drawn ones if None.
+        report: called with a :class:`SampleError`, shard and key for each bad background; another is taken then.
+        train: False never drops the subject.
+        drop_subject_probability: paper 0.15.
+        random_target_crop: False takes the middle, as the reference (golden note 33).
+        subject_scale: range of the subject's longest side as a share of the canvas.
+        flip_probability: of mirroring the subject on its background; the target is never mirrored.
+        latent_key: hash of VAE and transform; cached moments take the target's place when it is given.
+        normalisation: of the image tower.
+        max_pixels: see :func:`decode_photo`.
+    """
+
+    image_size: int
+    target_size: int
+    seed: int
+    backgrounds: ShardSet | None = None
+    report: Callable[[SampleError, str, str], None] | None = None
+    train: bool = True
+    drop_subject_probability: float = 0.15
+    random_target_crop: bool = False
+    subject_scale: tuple[float, float] = (0.5, 0.95)
+    flip_probability: float = 0.5
+    latent_key: str | None = None
+    normalisation: Normalisation = Normalisation()
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Members to read."""
+        latent = (LATENT_SUFFIX,) if self.latent_key else ()
+        return (*PHOTO_SUFFIXES, *FOREGROUND_SUFFIXES, ALPHA_SUFFIX, *latent, "json", "txt")
+
+    def __call__(self, record: Record, position: int) -> Stage2Sample:
+        """Raises: SampleError, with the cause."""
+        info = read_info(record)
+        subject_text = text_field(record, info, "subject")
+        if "prompt" in info:
+            info.setdefault("caption", info["prompt"])
+        caption = text_field(record, info, "caption")
+        prompt = text_field(record, info, "prompt") if "prompt" in info else caption
+        alpha_matte = decode_alpha(record, max_pixels=self.max_pixels)
+
+        foreground = photo = target_image = latent_moments = None
+        has_foreground = any(suffix in record for suffix in FOREGROUND_SUFFIXES)
+        if self.latent_key is None or not has_foreground:
+            # twice the size asked for: decoding at a fraction must not cost the target or a small subject its detail
+            photo, full_size = decode_photo(record, max_pixels=self.max_pixels, shrink_to=2 * self.target_size)
+            _check_size(record, alpha_matte, full_size)
+        if has_foreground:
+            foreground, full_size = decode_photo(
+                record, FOREGROUND_SUFFIXES, max_pixels=self.max_pixels, shrink_to=2 * self.target_size
+            )
+            _check_size(record, alpha_matte, full_size)
+        if self.latent_key is None:
+            random_crop = self.train and self.random_target_crop
+            crop = numpy_generator(self.seed, "target_crop", position) if random_crop else None
+            target_image = to_target(resize_and_crop(photo, self.target_size, crop))
+        else:
+            latent_moments = decode_latent(record, info, self.latent_key)
+
+        return Stage2Sample(
+            subject_image=self._subject_image(foreground if has_foreground else photo, alpha_matte, position),
+            target_image=target_image,
+            latent_moments=latent_moments,
+            subject_text=subject_text,
+            prompt=prompt,
+            subject_dropped=self.train
+            and bool(numpy_generator(self.seed, "drop_subject", position).random() < self.drop_subject_probability),
+            caption=caption,
+            key=str(record["__key__"]),
+            position=position,
+        )
+
+    def _subject_image(self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int) -> Tensor:
+        if alpha_matte.shape != foreground.shape[:2]:  # the photograph was decoded at a fraction
+            alpha_matte = cv2.resize(alpha_matte, foreground.shape[1::-1], interpolation=cv2.INTER_AREA)
+        blended, _ = composite.blend_on_background(
+            foreground,
+            alpha_matte,
+            self._background(position),
+            size_px=self.target_size,
+            generator=numpy_generator(self.seed, "placement", position),
+            scale=self.subject_scale,
+            flip_probability=self.flip_probability,
+        )
+        return self.normalisation(resize(blended, self.image_size, self.image_size))
+
+    def _background(self, position: int) -> np.ndarray:
+        """A photograph, or a drawn background when there are none or eight in a row are bad."""
+        generator = numpy_generator(self.seed, "background", position)
+        if self.backgrounds is not None:
+            for _ in range(_BACKGROUND_DRAWS):
+                index = int(generator.integers(len(self.backgrounds)))
+                try:
+                    record = self.backgrounds.read(index, PHOTO_SUFFIXES)
+                    return decode_photo(record, max_pixels=self.max_pixels, shrink_to=self.target_size)[0]
+                except SampleError as error:
+                    if self.report is not None:
+                        shard, _ = self.backgrounds.locate(index)
+                        self.report(error, self.backgrounds.shards[shard].name, self.backgrounds.key(index))
+        return drawn_background(self.target_size, generator)
+
+
+def _check_size(record: Record, alpha_matte: np.ndarray, size: tuple[int, int]) -> None:
+    if alpha_matte.shape != size:
+        raise SampleError("matte size", f"{_name(record)}: matte {alpha_matte.shape} but photograph {size}")
