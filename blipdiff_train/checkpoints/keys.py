@@ -50,9 +50,7 @@ def linear(theirs: str, *ours: str) -> list[Row]:
 
 def prefixed(rows: Iterable[Row], theirs: str = "", ours: str = "") -> list[Row]:
     """The same rows with a prefix on each side."""
-    return [
-        Row(theirs + r.theirs, tuple(ours + name for name in r.ours), r.leading, r.trailing, r.alias) for r in rows
-    ]
+    return [Row(theirs + r.theirs, tuple(ours + name for name in r.ours), r.leading, r.trailing, r.alias) for r in rows]
 
 
 @dataclass(frozen=True)
@@ -165,13 +163,37 @@ def to_theirs(tensors: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, T
     for r in rows:
         pieces = [tensors[name].detach().cpu() for name in r.ours]
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        theirs[r.theirs] = tensor.reshape((1,) * r.leading + tuple(tensor.shape) + (1,) * r.trailing).contiguous().clone()
+        shape = (1,) * r.leading + tuple(tensor.shape) + (1,) * r.trailing
+        theirs[r.theirs] = tensor.reshape(shape).contiguous().clone()
     return theirs
 
 
 def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in a module's state dict (the module may be on the meta device)."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def part_tensors(modules: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
+    """State of several modules, each name prefixed with its part's: our side of the tables."""
+    return {
+        f"{part}.{name}": tensor
+        for part, module in modules.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def part_shapes(modules: Mapping[str, nn.Module | None]) -> dict[str, tuple[int, ...]]:
+    """Shapes of :func:`part_tensors`."""
+    return {name: tuple(tensor.shape) for name, tensor in part_tensors(modules).items()}
+
+
+@torch.no_grad()
+def fill_parts(modules: Mapping[str, nn.Module], ours: Mapping[str, Tensor]) -> None:
+    """Copy tensors named as in :func:`part_tensors` into their modules; a tensor that is not named stays as it is."""
+    state = part_tensors(modules)
+    for name, tensor in ours.items():
+        state[name].copy_(tensor)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

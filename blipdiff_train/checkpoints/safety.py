@@ -35,11 +35,15 @@ def read_json(path: str | Path, *, allowed_class_names: Sequence[str] | None = N
     """
     path = Path(path)
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration (at most {MAX_JSON_BYTES:,})")
+        raise ValueError(
+            f"{path}: {path.stat().st_size:,} bytes is too large for a configuration (at most {MAX_JSON_BYTES:,})"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); the file is damaged or was not downloaded whole") from error
+        raise ValueError(
+            f"{path}: is not valid JSON ({error}); the file is damaged or was not downloaded whole"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
     found = sorted(_code_keys(value))
@@ -72,7 +76,7 @@ def _is_index(value: Any) -> bool:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Names and tensors (on the CPU, dtype as stored) of a ``.safetensors`` file or of a pickle that holds only tensors.
+    """Names and tensors, on the CPU and in the stored dtype, of a ``.safetensors`` file or a pickle of tensors only.
 
     Raises:
         ValueError: truncated or damaged, of an unknown kind, or a pickle with anything but tensors; the file is named.
@@ -106,8 +110,8 @@ def read_pickle(path: str | Path) -> Any:
     except Exception as error:  # torch raises a dozen kinds here, from EOFError to RuntimeError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read as plain tensors ({reason}). It is damaged, or holds objects whose loading would run "
-            "code; where you trust its source, re-save only its tensors (torch.save of a dict of tensors)"
+            f"{path}: cannot be read as plain tensors ({reason}). It is damaged, or holds objects whose loading would "
+            "run code; where you trust its source, re-save only its tensors (torch.save of a dict of tensors)"
         ) from error
 
 
