@@ -8,11 +8,11 @@ key                             default          meaning, unit
 ==============================  ===============  ======================================================================
 input                           required         folder, .tar (or a folder of tars), .csv, .parquet, .json or .jsonl
 output                          required         folder for shards, index, rejected.jsonl, report.html
-kind                            subjects         ``subjects``: stage-2 shards with mattes; ``backgrounds``: photographs only
+kind                            subjects         ``subjects``: shards with mattes; ``backgrounds``: photographs only
 overwrite                       false            remove a job in ``output`` made with other settings or inputs
 categories                      null             null: name of the sub-folder, or the table's column; a .csv/.json file
-                                                 of path → category; or any other text: one category for all
-captions                        null             null: sidecar .txt, the table's column, else ``a photo of a ⟨category⟩``;
+                                                 of path or folder → category; other text: one for all
+captions                        null             null: sidecar .txt or column, else ``a photo of a ⟨category⟩``;
                                                  a .csv/.json file of path → caption
 openimages                      null             {boxes: csv, classes: csv, area: [0.1, 0.8], exclude: [names]}
 limit                           null             first so many photographs only
@@ -25,7 +25,7 @@ image.shortest_side_px          64               smaller photographs are rejecte
 image.max_pixels                100000000        width × height read from the header before decoding
 image.format                    jpg              of the stored photograph: jpg or png
 image.jpeg_quality              95               1..100
-segmenter.name                  grabcut          grabcut, clipseg or alpha (the photograph's own alpha or a mask beside it)
+segmenter.name                  grabcut          grabcut, clipseg or alpha (own alpha channel, NAME.alpha.png)
 segmenter.model                 null             clipseg: local folder or hub id
 segmenter.batch_size            8                clipseg: photographs a forward
 trimap.foreground_threshold     0.9              seg_prob at or above is foreground
@@ -38,7 +38,7 @@ filters.border_contact          0.5              largest share of the frame's bo
 filters.unknown_share           0.5              largest unknown share of the trimap
 filters.blur                    10.0             smallest variance of the Laplacian of the grey photograph (0..255)
 filters.num_components          5                most separate parts of the matte, each ≥ 1 % of it
-filters.duplicate_distance      4                perceptual hashes (64 bits) this near or nearer are duplicates; null: keep all
+filters.duplicate_distance      4                most bits of 64 in which duplicates' hashes differ; null: keep all
 report.enabled                  true             write report.html
 report.num_thumbnails           48               mattes and composites shown; rejections: 8 of each cause
 ==============================  ===============  ======================================================================

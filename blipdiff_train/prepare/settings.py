@@ -1,0 +1,187 @@
+"""What a preparation job can be told, as typed values with their reasons; all problems are reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blipdiff_train.context.matting import ENGINES
+
+KINDS = ("subjects", "backgrounds")
+SEGMENTERS = ("grabcut", "clipseg", "alpha")
+FORMATS = ("jpg", "png")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How photographs are read and stored."""
+
+    longest_side_px: int = 512  # stage 2 trains at 512 px
+    shortest_side_px: int = 64  # below this an object has no texture left to learn
+    max_pixels: int = 100_000_000  # an image bomb is refused on its header
+    format: str = "jpg"
+    jpeg_quality: int = 95
+
+
+@dataclass(frozen=True)
+class SegmenterSettings:
+    name: str = "grabcut"
+    model: str | None = None
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class TrimapSettings:
+    foreground_threshold: float = 0.9
+    background_threshold: float = 0.1
+    margin: float = 0.01  # 5 px at 512: about the width of fur
+
+
+@dataclass(frozen=True)
+class MattingSettings:
+    engine: str = ENGINES[0]
+    foreground_colours: bool = True
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Limits beyond which a matte is more likely wrong, or useless as context, than good. None switches one off."""
+
+    area: tuple[float, float] | None = (0.02, 0.9)
+    border_contact: float | None = 0.5
+    unknown_share: float | None = 0.5
+    blur: float | None = 10.0
+    num_components: int | None = 5
+    duplicate_distance: int | None = 4
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    enabled: bool = True
+    num_thumbnails: int = 48
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole job; ``prepare/__init__.py`` has the table with meanings and units."""
+
+    input: str
+    output: str
+    kind: str = "subjects"
+    overwrite: bool = False
+    categories: str | None = None
+    captions: str | None = None
+    openimages: Mapping[str, Any] | None = None
+    limit: int | None = None
+    seed: int = 0
+    photographs_per_shard: int = 64
+    workers: int | None = None
+    device: str = "cpu"
+    image: ImageSettings = field(default_factory=ImageSettings)
+    segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
+    trimap: TrimapSettings = field(default_factory=TrimapSettings)
+    matting: MattingSettings = field(default_factory=MattingSettings)
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the bytes of the shards; a job can be resumed only under the same ones."""
+        values = dataclasses.asdict(self)
+        for key in ("input", "output", "overwrite", "workers", "seed", "report"):
+            del values[key]
+        return values
+
+
+BLOCKS = {
+    "image": ImageSettings,
+    "segmenter": SegmenterSettings,
+    "trimap": TrimapSettings,
+    "matting": MattingSettings,
+    "filters": FilterSettings,
+    "report": ReportSettings,
+}
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Typed settings from plain nested mappings; keys left out take their defaults.
+
+    Raises:
+        ValueError: every unknown key and every value out of range, in one message.
+    """
+    problems: list[str] = []
+    plain = _known(Settings, values, "", problems)
+    for name, block in BLOCKS.items():
+        given = plain.get(name)
+        if given is None:
+            plain.pop(name, None)
+        elif isinstance(given, Mapping):
+            plain[name] = block(**_known(block, given, f"{name}.", problems))
+        elif not isinstance(given, block):
+            problems.append(f"{name}={given!r}, expected a block of keys")
+            del plain[name]
+    problems += [f"{key} is missing" for key in ("input", "output") if not plain.get(key)]
+    if not problems:
+        filters = plain.get("filters", FilterSettings())
+        if filters.area is not None:
+            plain["filters"] = dataclasses.replace(filters, area=tuple(filters.area))
+        settings = Settings(**plain)
+        problems = _problems(settings)
+    if problems:
+        raise ValueError("prepare cannot start:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return settings
+
+
+def _known(block: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    names = [entry.name for entry in dataclasses.fields(block)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f", expected one of {', '.join(names)}"
+            problems.append(f"{prefix}{key} is not a setting{hint}")
+    return {key: value for key, value in values.items() if key in names}
+
+
+def _problems(s: Settings) -> list[str]:
+    """Every value that is out of range, as a sentence with key, value and expectation."""
+    found: list[str] = []
+
+    def need(good: bool, key: str, value: Any, expected: str) -> None:
+        if not good:
+            found.append(f"{key}={value!r}, expected {expected}")
+
+    def share(key: str, value: float | None) -> None:
+        need(value is None or 0 <= value <= 1, key, value, "a share in [0, 1] or null")
+
+    need(s.kind in KINDS, "kind", s.kind, f"one of {', '.join(KINDS)}")
+    need(s.limit is None or s.limit >= 1, "limit", s.limit, "null or at least 1 photograph")
+    need(s.photographs_per_shard >= 1, "photographs_per_shard", s.photographs_per_shard, "at least 1")
+    need(s.workers is None or s.workers >= 1, "workers", s.workers, "null or at least 1 process")
+    need(s.image.longest_side_px >= 16, "image.longest_side_px", s.image.longest_side_px, "at least 16 px")
+    need(s.image.shortest_side_px >= 8, "image.shortest_side_px", s.image.shortest_side_px, "at least 8 px")
+    need(s.image.max_pixels >= 1, "image.max_pixels", s.image.max_pixels, "at least 1")
+    need(s.image.format in FORMATS, "image.format", s.image.format, f"one of {', '.join(FORMATS)}")
+    need(1 <= s.image.jpeg_quality <= 100, "image.jpeg_quality", s.image.jpeg_quality, "1 to 100")
+    need(s.segmenter.name in SEGMENTERS, "segmenter.name", s.segmenter.name, f"one of {', '.join(SEGMENTERS)}")
+    need(s.segmenter.batch_size >= 1, "segmenter.batch_size", s.segmenter.batch_size, "at least 1")
+    if s.segmenter.name == "clipseg":
+        expected = "a folder or hub id such as CIDAS/clipseg-rd64-refined"
+        need(bool(s.segmenter.model), "segmenter.model", s.segmenter.model, expected)
+    low, high = s.trimap.background_threshold, s.trimap.foreground_threshold
+    expected = f"0 ≤ trimap.background_threshold ({low}) < trimap.foreground_threshold ≤ 1"
+    need(0 <= low < high <= 1, "trimap.foreground_threshold", high, expected)
+    need(0 <= s.trimap.margin < 0.5, "trimap.margin", s.trimap.margin, "a share of the longest side in [0, 0.5)")
+    need(s.matting.engine in ENGINES, "matting.engine", s.matting.engine, f"one of {', '.join(ENGINES)}")
+    area = s.filters.area
+    good = area is None or (len(area) == 2 and 0 <= area[0] < area[1] <= 1)
+    need(good, "filters.area", area, "[smallest, largest] share of the frame, or null")
+    share("filters.border_contact", s.filters.border_contact)
+    share("filters.unknown_share", s.filters.unknown_share)
+    blur, parts, distance = s.filters.blur, s.filters.num_components, s.filters.duplicate_distance
+    need(blur is None or blur >= 0, "filters.blur", blur, "null or a variance ≥ 0")
+    need(parts is None or parts >= 1, "filters.num_components", parts, "null or at least 1")
+    need(distance is None or 0 <= distance <= 16, "filters.duplicate_distance", distance, "null or 0 to 16 bits of 64")
+    need(s.report.num_thumbnails >= 0, "report.num_thumbnails", s.report.num_thumbnails, "at least 0")
+    return found
