@@ -12,7 +12,7 @@ import numpy as np
 from blipdiff_train.context.matting import estimate_alpha, estimate_foreground, to_u8
 from blipdiff_train.context.rejection import Rejected, Rejection
 from blipdiff_train.context.segmentation import Segmenter
-from blipdiff_train.context.trimap import make_trimap
+from blipdiff_train.context.trimap import make_trimap, unknown_share
 
 
 @dataclass
@@ -36,6 +36,7 @@ class ContextGenerator:
         foreground_threshold, background_threshold, margin: see :func:`make_trimap`.
         engine: of the matting, see :func:`estimate_alpha`.
         foreground_colours: also estimate the subject's own colours.
+        max_unknown_share: a trimap with more unknown pixels is rejected before time is spent on a guess; None: never.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class ContextGenerator:
         margin: float = 0.01,
         engine: str = "pymatting",
         foreground_colours: bool = True,
+        max_unknown_share: float | None = None,
     ) -> None:
         self.segmenter = segmenter
         self.foreground_threshold, self.background_threshold = foreground_threshold, background_threshold
         self.margin, self.engine, self.foreground_colours = margin, engine, foreground_colours
+        self.max_unknown_share = max_unknown_share
 
     def annotate(
         self, images: Sequence[np.ndarray], subject_texts: Sequence[str], names: Sequence[str] | None = None
@@ -100,6 +103,10 @@ class ContextGenerator:
             )
         except Rejected as error:
             return error.rejection
+        unknown = unknown_share(trimap)
+        if self.max_unknown_share is not None and unknown > self.max_unknown_share:
+            limit = f"expected ≤ {self.max_unknown_share:.1%} (filters.unknown_share)"
+            return Rejection("too_uncertain", f"{unknown:.1%} of the trimap is unknown, {limit}")
         after_trimap = clock()
         alpha = estimate_alpha(image, trimap, engine=self.engine)
         alpha_u8 = to_u8(alpha)
