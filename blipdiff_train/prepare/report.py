@@ -148,7 +148,8 @@ def _rejections(
         more = f"<li>… {count - REJECTED_LISTED} more in rejected.jsonl</li>" if count > REJECTED_LISTED else ""
         parts.append(
             f"<h3>{html.escape(cause)}: {count}</h3>"
-            f'<div class="grid">{"".join(figures)}</div><details><summary>all</summary><ul>{listed}{more}</ul></details>'
+            f'<div class="grid">{"".join(figures)}</div>'
+            f"<details><summary>all</summary><ul>{listed}{more}</ul></details>"
         )
     return "".join(parts)
 
@@ -174,8 +175,8 @@ def _chart(values: Sequence[float], name: str, bins: int = 20) -> str:
     bar = width / bins
     bars = "".join(
         f'<rect x="{i * bar + 1:.1f}" y="{height - height * c / max(1, counts.max()):.1f}" width="{bar - 2:.1f}" '
-        f'height="{height * c / max(1, counts.max()):.1f}" fill="#4c78a8"><title>{i / bins:.2f}–{(i + 1) / bins:.2f}: {c}'
-        "</title></rect>"
+        f'height="{height * c / max(1, counts.max()):.1f}" fill="#4c78a8">'
+        f"<title>{i / bins:.2f} to {(i + 1) / bins:.2f}: {c}</title></rect>"
         for i, c in enumerate(counts.tolist())
     )
     labels = "".join(
@@ -184,7 +185,8 @@ def _chart(values: Sequence[float], name: str, bins: int = 20) -> str:
     )
     return (
         f'<figure style="width:{width}px"><svg width="{width}" height="{height + 18}" role="img">{bars}{labels}</svg>'
-        f"<figcaption>{html.escape(name)}: median {np.median(values):.1%}, most in a bar {counts.max()}</figcaption></figure>"
+        f"<figcaption>{html.escape(name)}: median {np.median(values):.1%}, highest bar {counts.max()}</figcaption>"
+        "</figure>"
     )
 
 

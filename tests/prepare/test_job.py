@@ -83,7 +83,8 @@ def test_a_killed_job_continues_to_the_same_bytes(photographs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = SMALL | {"photographs_per_shard": 2}
     run(input=str(photographs), output=str(whole), **settings)
-    code = f"from blipdiff_train.prepare.job import run; run(input={str(photographs)!r}, output={str(killed)!r}, **{settings!r})"
+    arguments = settings | {"input": str(photographs), "output": str(killed)}
+    code = f"from blipdiff_train.prepare.job import run; run(**{arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 60
     while not list(killed.glob("shard-*.tar")) and process.poll() is None and time.monotonic() < deadline:
