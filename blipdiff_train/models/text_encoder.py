@@ -56,6 +56,15 @@ class TextEncoder(nn.Module):
         self.max_length: int = clip_text_model.config.max_position_embeddings
         self.width: int = clip_text_model.config.hidden_size
 
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each layer in the backward pass of training."""
+        if enabled:
+            # the old name warns where there is a new one, and transformers 5.20 has no other
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+
     def forward(
         self,
         prompts: Sequence[str],

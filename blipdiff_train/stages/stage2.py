@@ -126,7 +126,7 @@ class Stage2Module(LightningModule):
             )
         if gradient_checkpointing:
             self.qformer.set_gradient_checkpointing(True)
-            self.text_encoder.model.gradient_checkpointing_enable()
+            self.text_encoder.set_gradient_checkpointing(True)
             self.unet.enable_gradient_checkpointing()
         self.ema = ParameterAverage(self.named_parameters(), ema_decay) if ema_decay is not None else None
         self._has_averages = False

@@ -101,8 +101,7 @@ def test_unpadded_rows_must_be_equally_long(encoder: TextEncoder) -> None:
 def test_gradient_reaches_subject_and_every_parameter(checkpointing: bool) -> None:
     torch.manual_seed(0)
     encoder = tiny_text_encoder().train()
-    if checkpointing:
-        encoder.model.gradient_checkpointing_enable()
+    encoder.set_gradient_checkpointing(checkpointing)
     subject_embeds = embeds(2).requires_grad_()
     encoder(PROMPTS[:2], subject_embeds).square().sum().backward()
     assert (subject_embeds.grad.abs().amax(dim=(1, 2)) > 0).all()
