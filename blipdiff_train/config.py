@@ -71,13 +71,16 @@ class ToyboxSettings:
 @dataclass(frozen=True)
 class DataSettings:
     source: Literal["toybox", "shards"] = key("toybox draws its own shards on first use; shards reads yours")
-    shards: str | list[str] | None = key("training tars: folder, glob, or a list of them")
+    shards: str | list[str] | list[dict] | None = key(
+        "training tars: folder, glob, URL or a list; or several data sets, [{shards: A, weight: 3}, …]"
+    )
     backgrounds: str | list[str] | None = key("stage 2: tars of plain photographs that subjects are put on")
     val_shards: str | list[str] | None = key("held-out tars; null: no validation")
     workers: int = key("loader processes a rank; 0 loads in the training process", low=0)
     window_shards: int = key("samples are shuffled inside windows of so many shards", low=1)
     max_bad_fraction: float = key("share of bad samples above which the run stops", low=0.0, high=1.0)
     cache: str | None = key("local folder for shards read from URLs; null: no remote shards")
+    cache_gb: float = key("size of that folder, GB; the longest unused shards leave first", above=0.0)
     toybox: ToyboxSettings = key("the embedded toy world")
 
 
@@ -170,16 +173,36 @@ class Stage2Subject:
 
 
 @dataclass(frozen=True)
+class Stage1Augmentation:
+    min_crop_scale: float = key(
+        "smallest share of the area that a random crop keeps; 1: no random crop", above=0.0, high=1.0
+    )
+    flip_prob: float = key("probability of mirroring the photograph", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Stage2Augmentation:
+    random_target_crop: bool = key("crop the target at random instead of in the middle")
+    subject_scale: list[float] = key(
+        "smallest and largest side of the subject on its background, share of the canvas"
+    )
+    subject_flip_prob: float = key(
+        "probability of mirroring the subject on its background", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True)
 class Stage1Config(TrainConfig):
-    image_px: int | None = key("side of the training images; null: what the image tower reads", low=8)
-    crop_scale: list[float] = key("smallest and largest share of the area that a random crop keeps")
+    augmentation: Stage1Augmentation = key("random changes of the photographs")
     loss: Stage1Loss = key("weights of the three losses")
 
 
 @dataclass(frozen=True)
 class Stage2Config(TrainConfig):
-    image_px: int | None = key("side of the images that are denoised; null: the UNet's own", low=8)
-    crop_scale: list[float] = key("smallest and largest share of the area that a random crop keeps")
+    target_px: int | None = key(
+        "side of the images that are denoised; null: what the UNet was made for", low=8
+    )
+    augmentation: Stage2Augmentation = key("random changes of subject and target")
     subject: Stage2Subject = key("the subject in the prompt")
 
 
@@ -424,8 +447,6 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
         problems.append(Problem("optim.warmup_lr", f"{optim.warmup_lr} must be ≤ optim.lr={optim.lr}"))
     if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
         problems.append(Problem("optim.betas", f"{optim.betas} must be two numbers in [0, 1)"))
-    if len(config.crop_scale) != 2 or not 0.0 < config.crop_scale[0] <= config.crop_scale[1] <= 1.0:
-        problems.append(Problem("crop_scale", f"{config.crop_scale} must be two rising numbers in (0, 1]"))
     if config.model.qformer.hidden_size % config.model.qformer.num_attention_heads:
         heads = config.model.qformer.num_attention_heads
         problems.append(
@@ -457,12 +478,22 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
                 "no average of sharded weights can be kept: set null, or trainer.strategy=ddp",
             )
         )
+    if trainer.strategy == "fsdp" and config.every.samples is not None:
+        problems.append(
+            Problem("every.samples", "one rank cannot draw with sharded weights: set null, or strategy=ddp")
+        )
     if accelerator == "cpu" and trainer.precision == "16-mixed":
         problems.append(
             Problem("trainer.precision", "16-mixed needs a GPU; on the CPU use 32-true or bf16-mixed")
         )
     if accelerator == "cpu" and trainer.frozen_precision == "16":
         problems.append(Problem("trainer.frozen_precision", "16 needs a GPU; on the CPU use 32 or bf16"))
+    if isinstance(config, Stage2Config):
+        scale = config.augmentation.subject_scale
+        if len(scale) != 2 or not 0.0 < scale[0] <= scale[1] <= 1.0:
+            problems.append(
+                Problem("augmentation.subject_scale", f"{scale} must be two rising numbers in (0, 1]")
+            )
     if isinstance(config, Stage1Config) and not config.loss.itc + config.loss.itm + config.loss.itg > 0:
         problems.append(Problem("loss", "all weights are 0: nothing would be learned"))
     return problems

@@ -39,7 +39,7 @@ def test_nothing_trainable_is_an_error():
 
 
 def test_cosine_reaches_its_landmarks():
-    keys = dict(schedule="cosine", lr=1e-4, warmup_steps=10, total_steps=110, warmup_lr=1e-6, min_lr=1e-5)
+    keys = {"schedule": "cosine", "lr": 1e-4, "warmup_steps": 10, "total_steps": 110, "warmup_lr": 1e-6, "min_lr": 1e-5}
     assert learning_rate(0, **keys) == pytest.approx(1e-6)
     assert learning_rate(5, **keys) == pytest.approx((1e-6 + 1e-4) / 2)
     assert learning_rate(10, **keys) == pytest.approx(1e-4)
@@ -95,8 +95,8 @@ def test_schedule_state_restores_without_history():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(schedule="linear", warmup_steps=0, total_steps=1), "optim.schedule='linear': allowed are cosine, constant"),
-        (dict(schedule="cosine", warmup_steps=7, total_steps=3), "optim.warmup_steps=7.*total_steps=3"),
+        ({"schedule": "linear", "warmup_steps": 0, "total_steps": 1}, "optim.schedule='linear': allowed are cosine, constant"),
+        ({"schedule": "cosine", "warmup_steps": 7, "total_steps": 3}, "optim.warmup_steps=7.*total_steps=3"),
     ],
 )
 def test_errors_name_the_key(keys, message):

@@ -1,0 +1,157 @@
+"""A training run from start to end: build, resume, fit, write the model folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blipdiff_train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from blipdiff_train.models.parts import ModelParts
+    from blipdiff_train.stages.callbacks import StopSignals
+
+EXIT_FAILED = 1
+EXIT_NOT_SAVED = 74
+"""A checkpoint could not be written; the one before it is intact."""
+EXIT_INTERRUPTED = 85
+"""A signal stopped the run after a step, which is saved: run the same command again."""
+
+
+def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
+    """Train until ``total_steps``; returns the exit code.
+
+    Args:
+        config: checked.
+        plain: the same as plain data, for the checkpoint and the loggers.
+    """
+    from blipdiff_train.checkpoints.training import CheckpointError
+    from blipdiff_train.stages.callbacks import NonFiniteLoss, RunInterrupted, StopSignals
+
+    quiet()
+    signals = StopSignals()
+    signals.install()
+    try:
+        return train(config, plain, signals)
+    except (RunInterrupted, CheckpointError, NonFiniteLoss) as error:
+        # raised on every rank; the others end quietly, or Lightning's observer would kill rank 0 in mid-sentence
+        if not is_main():
+            return 0
+        if isinstance(error, RunInterrupted):
+            say(f"{error}; run the same command again to continue")
+            return EXIT_INTERRUPTED
+        say(f"stopped: {error}")
+        return EXIT_NOT_SAVED if isinstance(error, CheckpointError) else EXIT_FAILED
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("BLIPDIFF_DEBUG"):
+            traceback.print_exc()
+        say(f"stopped: {error}\n(BLIPDIFF_DEBUG=1 shows where)")
+        return EXIT_FAILED
+    finally:
+        signals.uninstall()
+
+
+def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -> int:
+    """:func:`run` without the handling of errors."""
+    from blipdiff_train import build
+    from blipdiff_train.checkpoints import training as checkpoints
+    from blipdiff_train.stages.resume import continue_from, find_checkpoint
+
+    state = find_checkpoint(config.run_dir, config.resume, say, is_main=is_main())
+    model_folder = Path(config.run_dir) / "model"
+    step = 0 if state is None else state["step"]
+    if step >= config.total_steps and model_folder.is_dir():
+        say(f"this run is finished: {step} of {config.total_steps} steps, the model is in {model_folder}")
+        say("nothing to do; raise total_steps to go on, or start over with resume=never")
+        return 0
+
+    data = build.data_sources(config, say)
+    parts = build.parts(config, say)
+    module = build.module(config, parts)
+    datamodule = build.datamodule(config, parts, data)
+    frozen = checkpoints.frozen_hashes(module)
+    say(f"{build.batch_plan(config)}; {config.total_steps} steps; run folder {config.run_dir}")
+    if state is None:
+        say(str(module.trainable_report))
+    else:
+        checkpoints.restore_weights(module, state, stage=config.stage, frozen=frozen)
+        say(f"continuing after step {step} of {config.total_steps}")
+        for line in checkpoints.changed_keys(state["config"], plain):
+            say(f"  changed since the checkpoint: {line}")
+
+    if step < config.total_steps:
+        loggers = build.loggers(config, plain, state) if is_main() else []
+        try:
+            has_validation = data.val_shards is not None
+            trainer = build.trainer(
+                config,
+                plain,
+                module,
+                datamodule,
+                loggers,
+                state,
+                signals,
+                frozen,
+                has_validation=has_validation,
+            )
+            continue_from(trainer, module, datamodule, state, total_steps=config.total_steps)
+            trainer.fit(module, datamodule=datamodule)
+        finally:
+            for logger in loggers:
+                logger.close()
+    if is_main():
+        save_model(config, module, parts, model_folder)
+    return 0
+
+
+def save_model(config: TrainConfig, module: pl.LightningModule, parts: ModelParts, folder: Path) -> None:
+    """Write the model folder that later stages and commands read; with the averaged weights where they are kept."""
+    from blipdiff_train import __version__
+    from blipdiff_train.checkpoints.model_folder import save_model_folder
+
+    metadata = {
+        "stage": config.stage,
+        "steps": config.total_steps,
+        "seed": config.seed,
+        "global_batch_size": config.global_batch_size,
+        "averaged": module.ema is not None,
+        "blipdiff_train": __version__,
+    }
+    if config.stage == 2:
+        metadata["template"] = config.subject.template
+    with module.ema.swapped() if module.ema is not None else nullcontext():
+        save_model_folder(folder, parts, metadata)
+    say(f"finished: the model is in {folder}")
+
+
+def is_main() -> bool:
+    """Whether this is the first process of the run, told by what launchers put into the environment."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def quiet() -> None:
+    """Keep Lightning's advertisements and its remarks on frozen parts out of the output; warnings stay."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*in eval mode at the start of training.*",
+        ".*isinstance.treespec.*",
+        ".*does not have many workers.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def say(line: str) -> None:
+    """A line for the person who runs this, once."""
+    if is_main():
+        print(line, flush=True)
