@@ -65,6 +65,8 @@ class Stage2Module(LightningModule):
         ema_decay: of the averaged weights; None keeps none.
         gradient_checkpointing: recompute activations of Q-Former, text encoder and UNet in the backward pass.
 
+    ``parts.metadata`` is told the template and that sentences are not repeated, so that generation does as training.
+
     Attributes:
         trainable_report: what trains and what does not.
         ema: the averaged weights, or None.
@@ -96,6 +98,9 @@ class Stage2Module(LightningModule):
         parts.require("projection", "text_encoder", "denoiser", purpose="stage 2")
         self.parts = parts
         self.template = get_template(template)
+        # what generation has to repeat of the training: it travels with the model folder
+        parts.metadata.update(template=template, prompt_reps=1)
+        parts.metadata.pop("subject_position", None)  # of the folder the parts came from; the template says it now
         self.seed = seed
         self.optimizer_settings = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.schedule_settings = {
