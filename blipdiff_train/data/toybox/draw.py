@@ -345,9 +345,7 @@ def _beach(c: _Canvas) -> None:
 def _fir(c: _Canvas, x: float, y: float, h: float, needles: Colour, trunk: Colour) -> None:
     c.fill(_box(x - 0.06 * h, y - 0.2 * h, x + 0.06 * h, y), trunk)
     for low, high, width in ((0.1, 0.6, 0.30), (0.42, 1.0, 0.22)):
-        c.fill(
-            _polygon((x - width * h, y - low * h), (x, y - high * h), (x + width * h, y - low * h)), needles
-        )
+        c.fill(_polygon((x - width * h, y - low * h), (x, y - high * h), (x + width * h, y - low * h)), needles)
 
 
 def _snow(c: _Canvas) -> None:
@@ -405,9 +403,7 @@ def _desert(c: _Canvas) -> None:
     cactus = c.tone((88, 128, 78))
     c.fill(_box(x - 0.028, y - h, x + 0.028, y), cactus)
     for side, low in ((-1, 0.45), (1, 0.6)):
-        c.fill(
-            _box(min(x, x + side * 0.09), y - low * h, max(x, x + side * 0.09), y - low * h + 0.035), cactus
-        )
+        c.fill(_box(min(x, x + side * 0.09), y - low * h, max(x, x + side * 0.09), y - low * h + 0.035), cactus)
         c.fill(
             _box(x + side * 0.09 - 0.018, y - low * h - 0.09, x + side * 0.09 + 0.018, y - low * h + 0.035),
             cactus,

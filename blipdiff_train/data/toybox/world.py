@@ -162,9 +162,7 @@ def srgb_to_lab(srgb_u8: np.ndarray) -> np.ndarray:
     # Dividing by the row sums is dividing by the white point: white maps to a* = b* = 0 exactly.
     relative = linear @ to_xyz.T / to_xyz.sum(axis=1)
     f = np.where(relative > 216 / 24389, np.cbrt(relative), (24389 / 27 * relative + 16) / 116)
-    return np.stack(
-        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1
-    )
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
 def colour_lab(name: str) -> np.ndarray:
