@@ -411,7 +411,7 @@ class ValidationRecord:
         self.position.append(batch.positions.to(outputs.image_feats.device))
 
     def metrics(self) -> dict[str, float]:
-        """``val/…``: means of losses and accuracies, and recall both ways among all pairs of the set; {} without any."""
+        """``val/…``: means of losses and accuracies, and recall both ways among all pairs; {} without any."""
         sums, counts = distributed.gather_no_grad(self.totals[None]).sum(0).unbind(1)
         if not counts.all():
             return {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from blipdiff_train.checkpoints import diffusers as diffusers_folder
 from blipdiff_train.checkpoints.tokenizers import load_clip_tokenizer
 from blipdiff_train.checkpoints.transformers import load_clip_text
+from blipdiff_train.inference.control import ControlPipeline, load_controlnet
 from blipdiff_train.inference.pipeline import SubjectPipeline
 from blipdiff_train.losses.diffusion import noise_prediction_loss
 from blipdiff_train.models.denoiser import Denoiser
@@ -232,4 +233,32 @@ def compare_call(
         elif quantity in steps:
             ours, tolerance = steps[quantity]
             found[quantity] = Comparison(largest_difference(ours, recorded[quantity]), tolerance)
+    return found
+
+
+@register("generation with a ControlNet", lambda case: "calls" in case.info and case.has("pipeline/controlnet"))
+def run_controlnet(case: Case) -> dict[str, Comparison]:
+    """diffusers' ``BlipDiffusionControlNetPipeline.__call__``: each recorded call, step by step."""
+    parts = diffusers_folder.load(case.folder / "pipeline", bert_tokenizer=case.folder / "bert_tokenizer")
+    pipeline = ControlPipeline(parts, load_controlnet(case.folder / "pipeline" / "controlnet"))
+    control_image = Image.open(case.folder / "control.png")
+    residuals: list[tuple[list[Tensor], Tensor]] = []
+    pipeline.controlnet.register_forward_hook(lambda module, arguments, output: residuals.append(output))
+    found = {}
+    for name, call in case.info["calls"].items():
+        residuals.clear()
+        compared = compare_call(case, name, call, pipeline, control_image=control_image)
+        recorded = case.tensors(f"{name}.safetensors")
+        down, mid = residuals[0]
+        ours = {
+            "control_image": pipeline.preprocess_control(control_image, call["height"], call["width"])[None],
+            "controlnet_mid_step0": mid,
+            "controlnet_down0_step0": down[0],
+            "controlnet_down_last_step0": down[-1],
+        }
+        for quantity in ours.keys() & recorded.keys():
+            compared[quantity] = compare_activation(
+                Case(case.folder, call), quantity, ours[quantity], recorded[quantity]
+            )
+        found |= {f"{quantity} ({name})": value for quantity, value in compared.items()}
     return found
