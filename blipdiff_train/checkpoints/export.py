@@ -67,7 +67,7 @@ def export(source: str | Path, format: str, to: str | Path, *, dtype: torch.dtyp
     else:
         if to.suffix != ".pth":
             raise ValueError(
-                f"to={to}: a model of stage 1 is one file in LAVIS's format; give a name that ends in .pth"
+                f"to={to}: a model of stage 1 is one file in LAVIS's format; give a name ending in .pth"
             )
         lavis.save_stage1(to, parts)
     return to

@@ -1,0 +1,78 @@
+"""The export command's engine: every format opens again with the same weights."""
+
+import pytest
+import torch
+from test_model_folder import complete, same_parts, stage1  # noqa: F401
+
+from blipdiff_train.checkpoints import diffusers as layout
+from blipdiff_train.checkpoints import lavis
+from blipdiff_train.checkpoints.export import export
+from blipdiff_train.checkpoints.model_folder import load_model_folder, save_model_folder
+from blipdiff_train.models.parts import ModelParts
+
+
+@pytest.fixture
+def run(complete: ModelParts, tmp_path):  # noqa: F811
+    complete.image_mean = ModelParts.image_mean  # LAVIS has no place for it
+    save_model_folder(tmp_path / "run" / "model", complete, {"template": "release"})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("source", ["run", "run/model"])
+def test_diffusers_opens_again(run, tmp_path, source):
+    written = export(tmp_path / source, "diffusers", tmp_path / "out")
+    expected = load_model_folder(run / "model")
+    expected.alignment_heads = None
+    again = layout.load(written)
+    expected.qformer.lm_head = again.qformer.lm_head  # the layout has no place for it
+    same_parts(expected, again)
+    assert not (written / "blipdiff_train.json").exists()
+    assert not (written / "alignment_heads").exists()
+
+
+def test_half_precision(run, tmp_path):
+    export(run, "diffusers", tmp_path / "out", dtype=torch.float16)
+    full = sum(file.stat().st_size for file in (run / "model").rglob("*.safetensors"))
+    half = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+    assert half < 0.6 * full
+
+
+def test_lavis_opens_again(run, tmp_path):
+    again = lavis.load_folder(export(run, "lavis", tmp_path / "out"))
+    expected = load_model_folder(run / "model")
+    assert again.qformer.config.num_attention_heads == expected.qformer.config.num_attention_heads
+    again.qformer.config = expected.qformer.config  # LAVIS has no place for the dropout
+    same_parts(expected, again)
+
+
+def test_stage_1_is_one_file_in_lavis(stage1, tmp_path):  # noqa: F811
+    save_model_folder(tmp_path / "model", stage1)
+    with pytest.raises(ValueError, match=r"ending in \.pth"):
+        export(tmp_path / "model", "lavis", tmp_path / "out")
+    with pytest.raises(ValueError, match="diffusers has no pipeline for; use format=lavis"):
+        export(tmp_path / "model", "diffusers", tmp_path / "out")
+    file = export(tmp_path / "model", "lavis", tmp_path / "out.pth")
+    weights = lavis.read_stage1(file, sizes=lavis.Sizes(qformer_heads=4, tower_heads=2))
+    for expected, found in (
+        (stage1.qformer, weights.qformer),
+        (stage1.alignment_heads, weights.alignment_heads),
+        (stage1.image_encoder, weights.image_encoder),
+    ):
+        assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_what_cannot_be_is_explained(run, tmp_path):
+    with pytest.raises(ValueError, match="format='onnx' is unknown; choose one of diffusers, lavis"):
+        export(run, "onnx", tmp_path / "out")
+    with pytest.raises(ValueError, match="is a model folder"):
+        export(tmp_path, "lavis", tmp_path / "out")
+    with pytest.raises(ValueError, match="is the model folder itself"):
+        export(run, "diffusers", run / "model")
+    with pytest.raises(ValueError, match="stores fp32 only"):
+        export(run, "lavis", tmp_path / "out", dtype=torch.float16)
+
+
+def test_an_export_may_be_repeated(run, tmp_path):
+    for format in ("diffusers", "lavis"):
+        export(run, format, tmp_path / format)
+        export(run, format, tmp_path / format)
