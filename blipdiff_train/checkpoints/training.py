@@ -54,6 +54,8 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], *, keep: int)
     folder, step = Path(folder), int(state["step"])
     path = checkpoint_path(folder, step)
     try:
+        for half in folder.glob(".step-*.tmp*"):
+            half.unlink()  # of a process that was killed while writing
         # a file of this step from before a fall-back to an older one loses its description first
         path.with_suffix(".json").unlink(missing_ok=True)
         with atomic_path(path) as temporary:

@@ -1,0 +1,206 @@
+"""N steps, a stop, N more steps: the same bits as 2 N steps; with real kills, in one process and in two.
+
+Everything runs on a model of a few thousand weights, through the command line's own code. ``scripts/chaos.py`` is the
+long version: it takes the real toy models and as many kills as one likes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from blipdiff_train import __main__ as cli
+from blipdiff_train import config as configuration
+from blipdiff_train import train
+from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint, steps_in
+from blipdiff_train.stages import callbacks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    spec = importlib.util.spec_from_file_location("chaos", ROOT / "scripts" / "chaos.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_models(folder / "models")
+    tiny.write_data(folder / "data")
+    return folder
+
+
+class StopAfter(callbacks.StopSignals):
+    """A SIGTERM that arrives during the n-th step of this start."""
+
+    def __init__(self, steps: int | None) -> None:
+        self._left = steps
+        super().__init__()
+
+    @property
+    def received(self) -> int | None:
+        if self._left is None:
+            return None
+        self._left -= 1
+        return signal.SIGTERM if self._left <= 0 else None
+
+    @received.setter
+    def received(self, value: int | None) -> None:
+        pass
+
+
+def fit(world: Path, output: Path, stage: int, *more: str, stop_after: int | None = None) -> Path:
+    """One start of a run in this process; returns its folder."""
+    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", output, stage)]
+    plain = cli.compose("train", [*tokens, *more])
+    config, problems = configuration.check_train(plain)
+    assert not problems
+    if stop_after is None:
+        assert train.train(config, plain, StopAfter(None)) == 0
+    else:
+        with pytest.raises(callbacks.RunInterrupted):
+            train.train(config, plain, StopAfter(stop_after))
+    return Path(config.run_dir)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stops_and_starts_leave_no_trace(world, tmp_path, chaos, stage):
+    """Twice interrupted, once just before a validation, with loader processes and accumulation changed on the way."""
+    more = ("optim.ema_decay=0.9", "trainer.max_micro_batch=2", "every.checkpoint=4")
+    quiet = fit(world, tmp_path / "quiet", stage, *more)
+    parts = tmp_path / "parts"
+    folder = fit(world, parts, stage, *more, stop_after=3)  # validation of step 3 is still due
+    assert steps_in(folder / "checkpoints") == [3]
+    assert read_checkpoint(checkpoint_path(folder / "checkpoints", 3))["validation_due"]
+    fit(world, parts, stage, *more, "data.workers=2", stop_after=2)
+    fit(world, parts, stage, *more)
+    assert chaos.differences(quiet, folder) == []
+    assert [int(row["step"]) for row in chaos.rows(folder / "metrics.csv")] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["step"]) for row in chaos.rows(folder / "validation.csv")] == [3, 6]
+    assert read_checkpoint(checkpoint_path(folder / "checkpoints", 6))["position"] == 24
+
+
+def test_dropout_is_on_in_what_is_compared(world, tmp_path):
+    """The exactness above would be cheap without any randomness in the step."""
+    with_dropout = fit(world, tmp_path / "a", 1, "total_steps=1", "optim.warmup_steps=0", "every.validation=null")
+    without = fit(world, tmp_path / "b", 1, "total_steps=1", "optim.warmup_steps=0", "every.validation=null", "model.qformer.dropout=0.0")
+    loss = [(run / "metrics.csv").read_text().splitlines()[1] for run in (with_dropout, without)]
+    assert loss[0] != loss[1]
+
+
+def test_accumulation_leaves_the_samples_and_the_schedule_alone(world, tmp_path, chaos):
+    """Stage 2's loss is a mean over samples: it must not depend on how a global batch is cut."""
+    more = ("every.validation=null", "model.qformer.dropout=0.0")
+    whole = chaos.rows(fit(world, tmp_path / "a", 2, *more) / "metrics.csv")
+    cut = chaos.rows(fit(world, tmp_path / "b", 2, *more, "trainer.max_micro_batch=1") / "metrics.csv")
+    assert [row["lr"] for row in whole] == [row["lr"] for row in cut]
+    # the first step's loss is of the initial weights; dropout in the projection is drawn per micro-batch
+    assert float(whole[0]["train/loss"]) == pytest.approx(float(cut[0]["train/loss"]), rel=2e-2)
+
+
+def test_a_finished_run_says_so(world, tmp_path, capsys):
+    fit(world, tmp_path, 1, "total_steps=2", "optim.warmup_steps=0")
+    capsys.readouterr()
+    folder = fit(world, tmp_path, 1, "total_steps=2", "optim.warmup_steps=0")
+    assert "this run is finished: 2 of 2 steps" in capsys.readouterr().out
+    fit(world, tmp_path, 1, "total_steps=3", "optim.warmup_steps=0")
+    assert "changed since the checkpoint: total_steps: 2 → 3" in capsys.readouterr().out
+    fit(world, tmp_path, 1, "total_steps=2", "optim.warmup_steps=0", "resume=never")
+    assert (folder / "previous-1" / "checkpoints").is_dir()
+    assert steps_in(folder / "checkpoints") == [2]
+
+
+def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, chaos, capsys):
+    quiet = fit(world, tmp_path / "quiet", 1, "total_steps=4")
+    folder = fit(world, tmp_path / "hurt", 1, "total_steps=4", stop_after=3)
+    newest = checkpoint_path(folder / "checkpoints", 3)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    fit(world, tmp_path / "hurt", 1, "total_steps=4")
+    out = capsys.readouterr().out
+    assert "its content has changed since it was written" in out
+    assert "continuing after step 2 of 4" in out
+    assert chaos.differences(quiet, folder) == []
+
+
+def test_other_frozen_weights_are_refused(world, tmp_path):
+    fit(world, tmp_path / "run", 1, "total_steps=2", "optim.warmup_steps=0")
+    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path / "run", 1)]
+    plain = cli.compose("train", [*tokens, "model.skip_last_layers=0"])
+    config, _ = configuration.check_train(plain)
+    with pytest.raises(ValueError, match="the frozen weights of image_encoder are not those"):
+        train.train(config, plain, StopAfter(None))
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run(world, tmp_path, monkeypatch, capsys):
+    """A full disk in mid-write: a clear end, its own exit code, and the checkpoint before it is whole."""
+    from blipdiff_train.checkpoints import training
+
+    honest = torch.save
+
+    def full(state, path):
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        honest(state, path)
+
+    monkeypatch.setattr(training.torch, "save", full)
+    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 1)]
+    plain = cli.compose("train", tokens)
+    config, _ = configuration.check_train(plain)
+    assert train.run(config, plain) == train.EXIT_NOT_SAVED
+    out = capsys.readouterr().out
+    assert "the disk is full; the checkpoint of step 2 is intact" in out
+    folder = Path(config.run_dir) / "checkpoints"
+    assert steps_in(folder) == [2]
+    assert read_checkpoint(checkpoint_path(folder, 2))["step"] == 2
+    assert not list(folder.glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkeypatch, capsys):
+    from blipdiff_train.stages.stage2 import Stage2Module
+
+    honest = Stage2Module.noise_loss
+    monkeypatch.setattr(
+        Stage2Module,
+        "noise_loss",
+        lambda self, batch: honest(self, batch) * (float("nan") if 9 in batch.positions else 1.0),
+    )
+    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 2)]
+    plain = cli.compose("train", [*tokens, "trainer.max_micro_batch=2"])
+    config, _ = configuration.check_train(plain)
+    assert train.run(config, plain) == train.EXIT_FAILED
+    out = capsys.readouterr().out
+    assert "the loss of optimizer step 3 is not finite; the step was not taken" in out
+    keys = out.split("bad micro-batches: ")[1].split(".")[0].split(", ")
+    assert len(keys) == 2  # one micro-batch of two
+    assert steps_in(Path(config.run_dir) / "checkpoints") == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (2, 1)])
+def test_killed_runs_end_in_the_same_bits(world, tmp_path, stage, processes):
+    """SIGKILL at random moments and while a checkpoint is written, one process and two."""
+    settings = tiny.overrides(world / "models", world / "data", tmp_path, stage)
+    settings += ["optim.ema_decay=0.9", "total_steps=12"]
+    words = ["--kills", "4", "--processes", str(processes), "--output", str(tmp_path / "chaos"), "--", *settings]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "chaos.py"), *words], capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 kills, 1 finish" in done.stdout
+    assert "differences: none" in done.stdout
