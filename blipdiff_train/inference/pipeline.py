@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ class SubjectPipeline:
         prompts = _spread(prompts, num_prompts, "prompts")
         targets = subjects if target_subject is None else target_subject
         targets = _spread([targets] if isinstance(targets, str) else list(targets), num_prompts, "target subjects")
-        seeds = _spread([seed] if isinstance(seed, int) else list(seed), num_prompts, "seeds")
+        seeds = _spread([seed] if isinstance(seed, Integral) else list(seed), num_prompts, "seeds")
 
         if drop_subject:
             texts = [

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 SCHEDULERS = ("pndm", "ddim")
 
-LATENT_GENERATION_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False}
-"""Stable Diffusion's values; diffusers' class defaults are for pixel models."""
-
 
 def draw_normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal fp32 noise (B, \\*shape) on the CPU, row b from ``generators[b]``."""
@@ -201,7 +198,7 @@ class Denoiser(nn.Module):
         """
         from diffusers import DDIMScheduler, PNDMScheduler
 
-        config = {**self.scheduler_config, **LATENT_GENERATION_DEFAULTS}
+        config = {"set_alpha_to_one": False, **self.scheduler_config, "clip_sample": False}
         if name == "pndm":
             return PNDMScheduler.from_config({**config, "skip_prk_steps": True, **overrides})
         if name == "ddim":

@@ -18,6 +18,7 @@ Deliberate differences from LAVIS:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from blipdiff_train.common import distributed
 from blipdiff_train.common.rng import derive_seed, torch_generator
 from blipdiff_train.data.prompts import get_template
-from blipdiff_train.losses.diffusion import noise_prediction_loss
+from blipdiff_train.losses.diffusion import noise_prediction_loss, noise_prediction_loss_per_sample
 from blipdiff_train.models.denoiser import draw_normal, draw_timesteps
 from blipdiff_train.models.ema import ParameterAverage
 from blipdiff_train.models.freezing import keep_frozen_in_eval, set_trainable
@@ -135,6 +136,8 @@ class Stage2Module(LightningModule):
             self.unet.enable_gradient_checkpointing()
         self.ema = ParameterAverage(self.named_parameters(), ema_decay) if ema_decay is not None else None
         self._has_averages = False
+        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation_names: tuple[str, ...] = ()
         self.train()
 
     def train(self, mode: bool = True) -> Stage2Module:
@@ -207,60 +210,69 @@ class Stage2Module(LightningModule):
     # ---- validation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        self._validation = []
         if self.ema is not None:
             self.ema.swap_in()
             self._has_averages = True
+
+    def validation_step(self, batch: Stage2Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        losses = self.validation_losses(batch)
+        self._validation.append((batch.positions.to(self.device), torch.stack([*losses.values()], dim=1)))  # B, B K
+        self._validation_names = tuple(losses)
 
     def on_validation_epoch_end(self) -> None:
         # before on_validation_end, where checkpoints are written: they hold the weights, not their average
         if self.ema is not None:
             self.ema.swap_out()
             self._has_averages = False
+        if self._validation:
+            # processes have equally many rows; some samples come twice to make them so, and count once
+            positions, rows = (
+                distributed.gather_no_grad(torch.cat(part)) for part in zip(*self._validation, strict=True)
+            )
+            row_of = {position: row for row, position in enumerate(positions.tolist())}
+            means = rows[list(row_of.values())].double().nanmean(dim=0).tolist()
+            named = zip(self._validation_names, means, strict=True)
+            self.log_dict({f"val/{name}": mean for name, mean in named if not math.isnan(mean)}, batch_size=1)
+            self._validation = []
 
     def _averages(self) -> AbstractContextManager[None]:
         """Inside, the averaged weights are in place, where there are any."""
         return nullcontext() if self.ema is None or self._has_averages else self.ema.swapped()
 
-    def validation_step(self, batch: Stage2Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        losses = self.validation_losses(batch)
-        self.log_dict(
-            {f"val/{name}": value for name, value in losses.items()},
-            batch_size=len(batch),
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
-
     @torch.no_grad()
     def validation_losses(self, batch: Stage2Batch) -> dict[str, Tensor]:
-        """Noise losses at fixed noise on a fixed ladder of timesteps, scalars.
+        """Noise losses (B) fp32 of the samples, at fixed noise on a fixed ladder of timesteps.
 
         ``loss_noise`` with each sample's own subject (also by timestep, ``loss_noise_t0100`` …), ``loss_noise_dropped``
-        without any, ``loss_noise_swapped`` with the next sample's (absent in a batch of one). A model that uses the
-        subject has the first below the other two. Latents are the posterior's mean.
+        without any, ``loss_noise_swapped`` with that of the sample before it in the batch (NaN in a batch of one). A
+        model that uses the subject has the first below the other two. Latents are the posterior's mean.
         """
-        positions = batch.positions.tolist()
+        positions, num_samples = batch.positions.tolist(), len(batch)
         own = self.subject_encoder(batch.subject_image, batch.subject_text)  # B Q D
-        none_dropped = torch.zeros(len(batch), dtype=torch.bool)
+        none_dropped = torch.zeros(num_samples, dtype=torch.bool)
         prompts = {
             "loss_noise": self.encode_prompts(batch, own, none_dropped),
             "loss_noise_dropped": self.encode_prompts(batch, own, ~none_dropped),
         }
-        if len(batch) > 1:
+        if num_samples > 1:
             prompts["loss_noise_swapped"] = self.encode_prompts(batch, own.roll(1, dims=0), none_dropped)
 
         latents = self.latents(batch, generators=None)
         losses: dict[str, list[Tensor]] = {name: [] for name in prompts}
-        result = {}
         for timestep in self.validation_timesteps():
-            noise = draw_normal(latents.shape[1:], self.generators("validation_noise", positions, timestep)).to(latents)
-            timesteps = torch.full((len(batch),), timestep, device=latents.device)
+            generators = self.generators("validation_noise", positions, timestep)
+            noise = draw_normal(latents.shape[1:], generators).to(latents)
+            timesteps = torch.full((num_samples,), timestep, device=latents.device)
             noisy_latents = self.denoiser.add_noise(latents, noise, timesteps)
             target = self.denoiser.training_target(latents, noise, timesteps)
             for name, prompt_embeds in prompts.items():
                 prediction = self.denoiser.predict_noise(noisy_latents, timesteps, prompt_embeds)
-                losses[name].append(noise_prediction_loss(prediction, target))
-            result[f"loss_noise_t{timestep:04d}"] = losses["loss_noise"][-1]
-        return {**{name: torch.stack(values).mean() for name, values in losses.items()}, **result}
+                losses[name].append(noise_prediction_loss_per_sample(prediction, target))
+        result = {name: torch.stack(values).mean(dim=0) for name, values in losses.items()}
+        result.setdefault("loss_noise_swapped", torch.full_like(result["loss_noise"], math.nan))
+        ladder = zip(self.validation_timesteps(), losses["loss_noise"], strict=True)
+        return {**result, **{f"loss_noise_t{timestep:04d}": values for timestep, values in ladder}}
 
     def validation_timesteps(self) -> list[int]:
         """The fixed ladder of timesteps, from the schedule's length."""

@@ -214,11 +214,22 @@ def test_validation_says_whether_the_subject_is_used() -> None:
     assert result["val/loss_noise"] == pytest.approx(sum(result[name] for name in ladder) / 4, rel=1e-5)
     again = trainer().validate(module, loaders(tiny_batch(3), tiny_batch(2, first_position=3)), verbose=False)[0]
     assert again == result
+
+
+def test_validation_is_a_mean_over_samples_however_batched() -> None:
+    module = build()
+    three, two = tiny_batch(3), tiny_batch(2, first_position=3)
+    result = trainer().validate(module, loaders(three, two), verbose=False)[0]
     module.eval()
-    with torch.no_grad():
-        assert module.validation_losses(tiny_batch(3)).keys() >= {"loss_noise_swapped"}
-        one = module.validation_losses(tiny_batch(1))
-    assert "loss_noise_swapped" not in one
+    losses = [module.validation_losses(batch)["loss_noise"] for batch in (three, two)]
+    assert result["val/loss_noise"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    twice = trainer().validate(module, loaders(three, two, three), verbose=False)[0]  # filled up to a full round
+    assert twice == pytest.approx(result, rel=1e-6)
+    ones = [tiny_batch(1, first_position=position) for position in range(5)]
+    alone = trainer().validate(module, loaders(*ones), verbose=False)[0]
+    assert "val/loss_noise_swapped" not in alone
+    for name, value in alone.items():
+        assert value == pytest.approx(result[name], rel=1e-4)
 
 
 def test_swapping_equal_subjects_changes_nothing() -> None:
@@ -226,8 +237,8 @@ def test_swapping_equal_subjects_changes_nothing() -> None:
     batch = tiny_batch(2)
     twins = rows(batch, [0, 0])
     losses = module.validation_losses(twins)
-    assert losses["loss_noise_swapped"] == pytest.approx(float(losses["loss_noise"]), rel=1e-6)
-    assert abs(float(losses["loss_noise_dropped"] - losses["loss_noise"])) > 1e-6
+    torch.testing.assert_close(losses["loss_noise_swapped"], losses["loss_noise"])
+    assert (losses["loss_noise_dropped"] - losses["loss_noise"]).abs().max() > 1e-6
 
 
 def test_average_is_validated_and_put_back(tmp_path) -> None:
@@ -238,7 +249,7 @@ def test_average_is_validated_and_put_back(tmp_path) -> None:
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with module.ema.swapped():
         module.eval()
-        expected = float(module.validation_losses(tiny_batch())["loss_noise"])
+        expected = float(module.validation_losses(tiny_batch())["loss_noise"].mean())
     result = trainer().validate(module, loaders(tiny_batch()), verbose=False)[0]
     assert result["val/loss_noise"] == pytest.approx(expected, rel=1e-5)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in module.named_parameters())
