@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blipdiff_train.stages.stage2 import Stage2Module
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+EMBEDDED_CLIPSEG = "embedded:toy_foundation/clipseg"
 EMBEDDED_STAGE1 = "embedded:toy_blipdiffusion/stage1"
 """What a stage-2 run on the toy models starts from when there is no stage-1 run of its own."""
 
@@ -166,10 +167,10 @@ def data_sources(config: TrainConfig, say: Callable[[str], None]) -> DataSetting
     data = config.data
     if data.source != "toybox":
         return data
-    from blipdiff_train.data.toybox import shards as toybox
+    from blipdiff_train.prepare.toybox import ensure_shards
 
     toy = data.toybox
-    folders = toybox.ensure_shards(
+    folders = ensure_shards(
         toy.folder,
         stage=config.stage,
         train_samples=toy.train_samples,
@@ -177,11 +178,11 @@ def data_sources(config: TrainConfig, say: Callable[[str], None]) -> DataSetting
         backgrounds=toy.backgrounds,
         samples_per_shard=toy.samples_per_shard,
         size_px=toy.size_px,
+        clipseg=resolve(EMBEDDED_CLIPSEG) if toy.matte == "clipseg" else None,
         say=say,
     )
-    return replace(
-        data, shards=str(folders.train), val_shards=str(folders.val), backgrounds=str(folders.backgrounds)
-    )
+    backgrounds = None if folders.backgrounds is None else str(folders.backgrounds)
+    return replace(data, shards=str(folders.train), val_shards=str(folders.val), backgrounds=backgrounds)
 
 
 def datamodule(config: TrainConfig, parts: ModelParts, data: DataSettings) -> ShardDataModule:
@@ -241,9 +242,10 @@ def parts(config: TrainConfig, say: Callable[[str], None]) -> ModelParts:
     dtype = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[
         config.trainer.frozen_precision
     ]
-    found.image_encoder.to(dtype)
-    if found.denoiser is not None:
-        found.denoiser.vae.to(dtype)
+    if dtype != torch.float32:  # what loaders give
+        found.image_encoder.to(dtype)
+        if found.denoiser is not None:
+            found.denoiser.vae.to(dtype)
     return found
 
 
