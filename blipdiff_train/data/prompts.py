@@ -22,13 +22,6 @@ from blipdiff_train.models.text_encoder import AT_END
 
 TEMPLATES = ("release", "paper")
 
-DEFAULT_NEGATIVE_PROMPT = (
-    "over-exposure, under-exposure, saturated, duplicate, out of frame, lowres, cropped, worst quality, "
-    "low quality, jpeg artifacts, morbid, mutilated, out of frame, ugly, bad anatomy, bad proportions, "
-    "deformed, blurry, duplicate"
-)
-"""What LAVIS's and diffusers' examples pass; meant for Stable Diffusion's vocabulary."""
-
 
 @dataclass(frozen=True)
 class PromptTemplate:
@@ -108,3 +101,8 @@ def clean_caption(caption: str, *, max_words: int = 50) -> str:
     caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])
+
+
+def names_subject(caption: str, subject: str) -> bool:
+    """Whether a caption has the subject's words in it, as whole words next to each other, in any case."""
+    return re.search(rf"\b{re.escape(clean_caption(subject))}\b", clean_caption(caption)) is not None

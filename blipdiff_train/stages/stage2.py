@@ -30,7 +30,7 @@ from torch import Tensor
 
 from blipdiff_train.common import distributed
 from blipdiff_train.common.rng import derive_seed, torch_generator
-from blipdiff_train.data.prompts import get_template
+from blipdiff_train.data.prompts import clean_caption, get_template, names_subject
 from blipdiff_train.losses.diffusion import noise_prediction_loss, noise_prediction_loss_per_sample
 from blipdiff_train.models.denoiser import draw_normal, draw_timesteps
 from blipdiff_train.models.ema import ParameterAverage
@@ -173,11 +173,16 @@ class Stage2Module(LightningModule):
         return self.text_encoder(texts, subject_embeds, subject_dropped, self.template.subject_position)
 
     def sentences(self, batch: Stage2Batch, subject_dropped: Tensor) -> list[str]:
-        """B sentences by the template. A prompt that is the sample's caption is a sentence already, as in LAVIS."""
+        """B sentences by the template, of cleaned text (LAVIS ``blip_caption``).
+
+        A prompt that is the sample's caption and names the subject is a sentence already and stays one, as in LAVIS.
+        """
         rows = zip(batch.subject_text, batch.prompt, batch.caption, subject_dropped.tolist(), strict=True)
         return [
             (self.template.text_without_subject if dropped else self.template.text)(
-                subject, prompt, is_sentence=prompt == caption
+                clean_caption(subject),
+                clean_caption(prompt),
+                is_sentence=prompt == caption and names_subject(prompt, subject),
             )
             for subject, prompt, caption, dropped in rows
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blipdiff_train.data.prompts import clean_caption, get_template, repetitions
+from blipdiff_train.data.prompts import clean_caption, get_template, names_subject, repetitions
 from blipdiff_train.models.text_encoder import AT_END
 
 
@@ -52,3 +52,9 @@ def test_unknown_template() -> None:
 )
 def test_clean_caption(caption: str, cleaned: str) -> None:
     assert clean_caption(caption) == cleaned
+
+
+def test_names_subject() -> None:
+    assert names_subject("A photo of a Teddy  Bear.", "teddy bear")
+    assert not names_subject("a catalogue on the beach", "cat")
+    assert not names_subject("on the beach", "dog")

@@ -158,14 +158,13 @@ def test_any_batch_size_and_picture_size(size: int) -> None:
 
 
 def test_a_caption_as_prompt_is_a_sentence() -> None:
-    module = build()
-    batch = tiny_batch(
-        2, prompt=["a dog in the snow", "in the snow"], caption=["a dog in the snow", "a cat in the snow"]
-    )
-    kept = torch.tensor([False, False])
-    assert module.sentences(batch, kept) == ["a dog in the snow", "a cat in the snow"]
-    paper = build(template="paper")
-    assert paper.sentences(batch, torch.tensor([False, True])) == ["a dog in the snow, the dog is", "a cat in the snow"]
+    prompts = ["A dog, in the snow.", "in the snow", "in the snow"]
+    captions = ["A dog, in the snow.", "a cat in the snow", "in the snow"]  # the last one does not name its subject
+    batch = tiny_batch(3, prompt=prompts, caption=captions)
+    kept = torch.tensor([False, False, False])
+    assert build().sentences(batch, kept) == ["a dog, in the snow", "a cat in the snow", "a teapot in the snow"]
+    found = build(template="paper").sentences(batch, torch.tensor([False, True, False]))
+    assert found == ["a dog, in the snow, the dog is", "a cat in the snow", "a teapot in the snow, the teapot is"]
 
 
 def test_gradient_checkpointing_changes_no_number() -> None:
