@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ def blend(foreground: np.ndarray, alpha_matte: np.ndarray, background: np.ndarra
             f"foreground {foreground.dtype}, background {background.dtype}, alpha matte {alpha_matte.dtype}: "
             "expected uint8"
         )
-    weight = alpha_matte[..., None].astype(np.uint16)
-    total = foreground * weight
-    total += background * (np.uint16(255) - weight)
-    total += np.uint16(128)
-    # (t + t / 256) / 256 is t / 255 rounded, exact for every product of two bytes, and stays within 16 bits
-    total += total >> np.uint16(8)
-    return (total >> np.uint16(8)).astype(np.uint8)
+    # three full channels of weights: several times as fast as broadcasting one; 16 bits hold every sum
+    weight = cv2.merge([alpha_matte] * 3).astype(np.uint16)
+    total = foreground.astype(np.uint16)
+    total *= weight
+    np.subtract(255, weight, out=weight)
+    weight *= background
+    total += weight
+    return cv2.convertScaleAbs(total, alpha=1 / 255)  # to nearest; a 255th is never a tie
 
 
 def subject_box(alpha_matte: np.ndarray, threshold: int = 8) -> tuple[int, int, int, int]:
@@ -57,11 +60,10 @@ def subject_box(alpha_matte: np.ndarray, threshold: int = 8) -> tuple[int, int, 
     Raises:
         ValueError: no such pixel.
     """
-    rows = np.flatnonzero((alpha_matte >= threshold).any(axis=1))
-    columns = np.flatnonzero((alpha_matte >= threshold).any(axis=0))
-    if rows.size == 0:
+    left, top, width, height = cv2.boundingRect(cv2.threshold(alpha_matte, threshold - 1, 255, cv2.THRESH_BINARY)[1])
+    if width == 0:
         raise ValueError(f"alpha matte is empty: its largest value is {int(alpha_matte.max())}, expected ≥ {threshold}")
-    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
+    return left, top, width, height
 
 
 def sample_placement(
@@ -155,10 +157,10 @@ def place(
         raise ValueError(f"foreground {foreground.shape}, alpha matte {alpha_matte.shape}: expected (H W 3) and (H W)")
     left, top, width, height = subject_box(alpha_matte)
     box = np.s_[top : top + height, left : left + width]
-    small_foreground = _resize(foreground[box], placement.width, placement.height)
-    small_alpha = _resize(alpha_matte[box], placement.width, placement.height)
-    if placement.flip:
-        small_foreground, small_alpha = small_foreground[:, ::-1], small_alpha[:, ::-1]
+    # colours and matte are resized in one go: four channels cost what three do
+    small = _resize(cv2.merge([foreground[box], alpha_matte[box]]), placement.width, placement.height)
+    small = cv2.flip(small, 1) if placement.flip else small
+    small_foreground, small_alpha = cv2.cvtColor(small, cv2.COLOR_RGBA2RGB), cv2.extractChannel(small, 3)
     target = np.s_[placement.top : placement.top + placement.height, placement.left : placement.left + placement.width]
     composite, matte = canvas.copy(), np.zeros(canvas.shape[:2], np.uint8)
     composite[target] = blend(small_foreground, small_alpha, canvas[target])
@@ -176,6 +178,9 @@ def _offset(slack: int, draw: float, flush_start: bool = False, flush_end: bool 
 def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    # averaging when shrinking, against aliasing; linear when growing
-    shrinking = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    if width >= image.shape[1] and height >= image.shape[0]:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    # averaging against aliasing; torch's kernel for bytes is several times as fast as OpenCV's INTER_AREA
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    small = functional.interpolate(tensor, size=(height, width), mode="bilinear", antialias=True)
+    return small[0].permute(1, 2, 0).numpy()

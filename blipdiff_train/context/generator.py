@@ -46,7 +46,7 @@ class ContextGenerator:
         foreground_threshold: float = 0.9,
         background_threshold: float = 0.1,
         margin: float = 0.01,
-        engine: str = "pymatting",
+        engine: str = "fast",
         foreground_colours: bool = True,
         max_unknown_share: float | None = None,
     ) -> None:
