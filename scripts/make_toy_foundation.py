@@ -62,166 +62,17 @@ ATTRIBUTES = ("category", "colour_a", "colour_b", "pattern", "scene")
 ATTRIBUTE_SIZES = (len(CATEGORY_INDEX), len(COLOUR_INDEX), len(COLOUR_INDEX), len(PATTERN_INDEX), len(SCENE_NAMES))
 
 # Words a prompt may bring that toybox does not: they keep common English in one token each.
-COMMON_WORDS = [
-    "a",
-    "an",
-    "the",
-    "and",
-    "or",
-    "of",
-    "in",
-    "on",
-    "at",
-    "to",
-    "with",
-    "by",
-    "for",
-    "from",
-    "as",
-    "is",
-    "are",
-    "was",
-    "be",
-    "it",
-    "its",
-    "this",
-    "that",
-    "these",
-    "those",
-    "he",
-    "she",
-    "they",
-    "we",
-    "you",
-    "i",
-    "his",
-    "her",
-    "their",
-    "our",
-    "my",
-    "your",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "some",
-    "many",
-    "more",
-    "most",
-    "very",
-    "big",
-    "small",
-    "little",
-    "large",
-    "old",
-    "new",
-    "young",
-    "good",
-    "bad",
-    "long",
-    "short",
-    "high",
-    "low",
-    "left",
-    "right",
-    "up",
-    "down",
-    "over",
-    "under",
-    "near",
-    "behind",
-    "front",
-    "above",
-    "below",
-    "between",
-    "inside",
-    "photo",
-    "picture",
-    "image",
-    "drawing",
-    "painting",
-    "sketch",
-    "illustration",
-    "render",
-    "style",
-    "close",
-    "view",
-    "side",
-    "cartoon",
-    "watercolor",
-    "oil",
-    "person",
-    "people",
-    "man",
-    "woman",
-    "child",
-    "boy",
-    "girl",
-    "cat",
-    "animal",
-    "toy",
-    "shoe",
-    "backpack",
-    "vase",
-    "bottle",
-    "box",
-    "ball",
-    "hat",
-    "table",
-    "chair",
-    "street",
-    "city",
-    "grass",
-    "sky",
-    "water",
-    "sea",
-    "river",
-    "lake",
-    "rain",
-    "sun",
-    "moon",
-    "star",
-    "cloud",
-    "tree",
-    "flower",
-    "rock",
-    "sand",
-    "wood",
-    "stone",
-    "glass",
-    "metal",
-    "paper",
-    "wearing",
-    "holding",
-    "sitting",
-    "standing",
-    "running",
-    "flying",
-    "swimming",
-    "sleeping",
-    "looking",
-    "made",
-    "bright",
-    "dark",
-    "light",
-    "beautiful",
-    "cute",
-    "colourful",
-    "colorful",
-    "plain",
-    "background",
-    "top",
-    "bottom",
-    "middle",
-    "day",
-    "morning",
-    "evening",
-    "winter",
-    "summer",
-    "spring",
-    "autumn",
-]
+COMMON_WORDS = """
+a an the and or of in on at to with by for from as is are was be it its this that these those he she they we
+you i his her their our my your one two three four five some many more most very big small little large old
+new young good bad long short high low left right up down over under near behind front above below between
+inside photo picture image drawing painting sketch illustration render style close view side cartoon
+watercolor oil person people man woman child boy girl cat animal toy shoe backpack vase bottle box ball hat
+table chair street city grass sky water sea river lake rain sun moon star cloud tree flower rock sand wood
+stone glass metal paper wearing holding sitting standing running flying swimming sleeping looking made bright
+dark light beautiful cute colourful colorful plain background top bottom middle day morning evening winter
+summer spring autumn
+""".split()  # noqa: SIM905  (a paragraph reads better than two hundred quoted words)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -465,6 +316,8 @@ class Training:
 
     def run(self) -> None:
         self.model.train()
+        # From its first moment a checkpoint tells the other steps that this one builds on their weights.
+        self.save()
         mean: dict[str, float] = {}
         clock = last_log = last_save = last_export = time.time()
         logged_step = self.step
@@ -617,13 +470,17 @@ def train_clip(out: Path, work: Path, args: argparse.Namespace) -> None:
             F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
             + F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
         )
+        # A silhouette is by far the last thing learned, so the category counts for more than the rest together.
         attribute = sum(
-            F.cross_entropy(head(image_embeds), table[:, i])
-            + F.cross_entropy(head(text_embeds), table[:, i].where(named[:, i], -100))
-            for i, head in enumerate(heads)
+            (6 if name == "category" else 1)
+            * (
+                F.cross_entropy(head(image_embeds), table[:, i])
+                + F.cross_entropy(head(text_embeds), table[:, i].where(named[:, i], -100))
+            )
+            for i, (name, head) in enumerate(zip(ATTRIBUTES, heads, strict=True))
         )
 
-        absent = torch.from_numpy(rng.random(batch_size) < 0.25)
+        absent = torch.from_numpy(rng.random(batch_size) < 0.1)
         asked = (table[:, 0] + absent * torch.from_numpy(rng.integers(1, len(CATEGORY_INDEX), batch_size))) % len(
             CATEGORY_INDEX
         )
@@ -634,7 +491,7 @@ def train_clip(out: Path, work: Path, args: argparse.Namespace) -> None:
         mask = F.binary_cross_entropy_with_logits(mask_logits, wanted)
         found = mask_logits.sigmoid()
         dice = 1 - (2 * (found * wanted).sum((1, 2)) + 1) / ((found + wanted).sum((1, 2)) + 1)
-        return {"itc": contrastive, "attributes": 0.15 * attribute, "mask": 2 * mask, "dice": 0.3 * dice.mean()}
+        return {"itc": contrastive, "attributes": 0.15 * attribute, "mask": 4 * mask, "dice": 0.5 * dice.mean()}
 
     def export() -> None:
         clip = clip_from_clipseg(model)
@@ -659,7 +516,7 @@ def train_clip(out: Path, work: Path, args: argparse.Namespace) -> None:
     Training(
         "clip",
         bundle,
-        peak_lr=args.lr or 1e-3,
+        peak_lr=args.lr or 1.5e-3,
         batch_size=batch_size,
         budget_seconds=60 * args.minutes_of("clip"),
         work=work,
@@ -696,7 +553,7 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
 
     def step_loss(step: int, share: float) -> dict[str, Tensor]:
         rng = np.random.default_rng([args.seed, 2, step])
-        if share < 0.6:
+        if share < 0.4 and not args.decoder_only:
             # Windows around the subject first: half the pixels of a batch of whole pictures, twice the subjects.
             image, matte, _ = pool.batch(rng, 2 * batch_size)
             top, left = rng.integers(8, SIZE // 2 - 7, size=2)
@@ -724,7 +581,7 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
         metrics = evaluate_vae(vae, 64)
         log("vae", "held-out " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()))
 
-    Training(
+    training = Training(
         "vae",
         vae,
         peak_lr=args.lr or 2e-3,
@@ -734,7 +591,13 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
         step_loss=step_loss,
         export=export,
         export_seconds=60 * args.export_minutes,
-    ).run()
+    )
+    if args.decoder_only:
+        # Latents that a UNet was trained on stay what they are: those of the exported, averaged encoder.
+        vae.load_state_dict(training.ema)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    training.run()
 
 
 # -------------------------------------------------------------------------------------------------- UNet
@@ -1024,6 +887,13 @@ def evaluate(out: Path, args: argparse.Namespace) -> None:
     publish(out, lambda temporary: (temporary / "metrics.json").write_text(text))
     print(text)
 
+    world = [
+        toybox.render(who, scene, pose_seed=i).image
+        for i, who in enumerate(toybox.identities("heldout")[:: len(toybox.identities("heldout")) // 10][:10])
+        for scene in SCENE_NAMES[:6]
+    ]
+    columns = torch.from_numpy(np.stack(world)).permute(0, 3, 1, 2).float() / 255
+    contact_sheet(columns, 6, args.pictures / "toybox.png")
     image = heldout_batch(10)[0]
     with torch.inference_mode():
         decoded = vae.decode(vae.encode(2 * image - 1).latent_dist.mean).sample / 2 + 0.5
@@ -1047,9 +917,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="batch size, instead of the step's own")
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of the step's own")
     parser.add_argument("--pool", type=int, default=12000, help="subjects, and scenes, drawn once")
-    parser.add_argument("--latents", type=int, default=16000, help="pictures encoded for the UNet")
+    parser.add_argument("--latents", type=int, default=8000, help="pictures encoded for the UNet")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of this process")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder-only", action="store_true", help="vae: leave the latents as they are")
     parser.add_argument(
         "--replace-text-encoder",
         action="store_true",
