@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from blipdiff_train.config import ConfigError, Problem
+    from blipdiff_train.config import ConfigError, Problem, check_command
 
     def composed(overrides: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -133,7 +133,6 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
     ] * bool(search)
     groups, values, problems = _parse(tokens, search)
     base = composed(extra + groups)
-    checker = _checker(command)
     kept = []
     for name, token, must_exist in values:
         problem = _unknown(name, base, command) if must_exist else None
@@ -145,12 +144,12 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
         plain = composed(extra + groups + [token for _, token in kept])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*problems, Problem("", _first_line(error))]) from error
-    _, found = checker(plain)
+    _, found = check_command(command, plain)
     if found:
         # with the bad values taken back, what else is wrong shows as well
         bad = {problem.key for problem in found}
         good = [token for name, token in kept if name not in bad]
-        _, more = checker(composed(extra + groups + good))
+        _, more = check_command(command, composed(extra + groups + good))
         found += [problem for problem in more if problem not in found and problem.key not in bad]
     if problems or found:
         raise ConfigError(problems + found)
@@ -208,29 +207,15 @@ def _choices(group: str, search: Sequence[str]) -> list[str] | None:
 
 def _unknown(name: str, base: Mapping[str, Any], command: str) -> Any:
     """The problem of a key that the composed configuration does not have, None if it has it."""
-    from blipdiff_train.config import unknown_key
+    from blipdiff_train.config import schema_of, unknown_key
 
     node: Any = base
     for part in name.split("."):
         if isinstance(node, Mapping) and part in node:
             node = node[part]
         else:
-            return unknown_key(name, _schema(command, base))
+            return unknown_key(name, schema_of(command, base))
     return None
-
-
-def _schema(command: str, plain: Mapping[str, Any]) -> type:
-    from blipdiff_train import config
-
-    return config.train_schema(plain) if command == "train" else config.SCHEMAS[command]
-
-
-def _checker(command: str) -> Callable[[Mapping[str, Any]], tuple[Any, list[Any]]]:
-    from blipdiff_train import config
-
-    if command == "train":
-        return config.check_train
-    return lambda plain: config.check(config.SCHEMAS[command], plain)
 
 
 def _first_line(error: Exception) -> str:
@@ -341,19 +326,30 @@ def _run_child(arguments: list[str]) -> int:
 
 def run(command: str, plain: dict[str, Any]) -> int:
     """Run a command on its checked configuration; the heavy imports happen here."""
-    from blipdiff_train import config
+    from blipdiff_train.config import check_command
 
+    config = check_command(command, plain)[0]
     if command == "train":
         from blipdiff_train.train import run as train
 
-        return train(config.check_train(plain)[0], plain)
-    raise ValueError(f"unknown command {command!r}")
+        return train(config, plain)
+    from blipdiff_train import commands
+
+    try:
+        return getattr(commands, command)(config, plain)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("BLIPDIFF_DEBUG"):
+            raise
+        print(f"stopped: {error}\n(BLIPDIFF_DEBUG=1 shows where)", file=sys.stderr)
+        return 1
 
 
 def command_help(command: str, search: Sequence[str]) -> str:
     """Every key of a command with its value in the default configuration, and its meaning."""
     import typing
     from dataclasses import fields, is_dataclass
+
+    from blipdiff_train.config import schema_of
 
     plain = compose(command, [], search)
 
@@ -370,7 +366,7 @@ def command_help(command: str, search: Sequence[str]) -> str:
         return found
 
     title = f"python -m blipdiff_train {command} key=value …    {COMMANDS[command]}\n\n"
-    return title + "\n".join(lines(_schema(command, plain), plain, ""))
+    return title + "\n".join(lines(schema_of(command, plain), plain, ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

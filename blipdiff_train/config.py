@@ -206,6 +206,168 @@ class Stage2Config(TrainConfig):
     subject: Stage2Subject = key("the subject in the prompt")
 
 
+# ---- the other commands --------------------------------------------------------------------------------------------
+
+Depth = Literal["sample", "full"]
+DEPTH = "sample: the first samples of each shard are decoded; full: all of them"
+
+
+@dataclass(frozen=True)
+class Stage1Doctor(Stage1Config):
+    depth: Depth = key(DEPTH)
+
+
+@dataclass(frozen=True)
+class Stage2Doctor(Stage2Config):
+    depth: Depth = key(DEPTH)
+
+
+@dataclass(frozen=True)
+class PrepareImage:
+    longest_side_px: int = key("larger photographs are resized to it; smaller ones are kept", low=16)
+    shortest_side_px: int = key("smaller photographs are rejected", low=8)
+    max_pixels: int = key("width × height read from the header before decoding", low=1)
+    format: Literal["jpg", "png"] = key("of the stored photograph")
+    jpeg_quality: int = key("of a stored jpg", low=1, high=100)
+
+
+@dataclass(frozen=True)
+class PrepareSegmenter:
+    name: Literal["grabcut", "clipseg", "alpha"] = key(
+        "alpha: the photograph's own alpha or a mask beside it"
+    )
+    model: str | None = key("clipseg: local folder or hub id")
+    batch_size: int = key("clipseg: photographs a forward", low=1)
+
+
+@dataclass(frozen=True)
+class PrepareTrimap:
+    foreground_threshold: float = key("seg_prob at or above is foreground", low=0.0, high=1.0)
+    background_threshold: float = key("seg_prob at or below is background", low=0.0, high=1.0)
+    margin: float = key("unknown border added on both sides, share of the longest side", low=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
+class PrepareMatting:
+    engine: Literal["fast", "pymatting"] = key("fast, or pymatting: the reference")
+    foreground_colours: bool = key("store .fg.jpg, estimated colours without background bleeding")
+
+
+@dataclass(frozen=True)
+class PrepareFilters:
+    area: list[float] | None = key("share of the frame under the matte, smallest and largest")
+    border_contact: float | None = key(
+        "largest share of the frame's border pixels the subject may touch", low=0.0, high=1.0
+    )
+    unknown_share: float | None = key("largest unknown share of the trimap", low=0.0, high=1.0)
+    blur: float | None = key("smallest variance of the Laplacian of the grey photograph (0..255)", low=0.0)
+    num_components: int | None = key("most separate parts of the matte, each at least 1 % of it", low=1)
+    duplicate_distance: int | None = key(
+        "perceptual hashes (64 bits) this near are duplicates", low=0, high=16
+    )
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    enabled: bool = key("write report.html")
+    num_thumbnails: int = key("mattes and composites shown", low=0)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    input: str | None = key(
+        "folder, .tar (or a folder of tars), .csv, .parquet, .json or .jsonl; null: toy photographs"
+    )
+    output: str = key("folder for shards, index, rejected.jsonl, report.html")
+    kind: Literal["subjects", "backgrounds"] = key(
+        "subjects: stage-2 shards with mattes; backgrounds: photographs only"
+    )
+    overwrite: bool = key("remove a job in output made with other settings or inputs")
+    categories: str | None = key(
+        "null: name of the sub-folder, or the table's column; a .csv/.json file of path → category; or one for all"
+    )
+    captions: str | None = key(
+        "null: sidecar .txt or the table's column; or a .csv/.json file of path → caption"
+    )
+    openimages: dict | None = key("{boxes: csv, classes: csv, area: [0.1, 0.8], exclude: [names]}")
+    limit: int | None = key("first so many photographs only", low=1)
+    seed: int = key("for pictures in the report; nothing in the shards is random", low=0)
+    photographs_per_shard: int = key("unit of work and of resuming", low=1)
+    workers: int | None = key("processes; null: the CPU cores at hand", low=1)
+    device: str = key("of the CLIPSeg segmenter")
+    image: PrepareImage = key("how photographs are read and stored")
+    segmenter: PrepareSegmenter = key("what finds the subject")
+    trimap: PrepareTrimap = key("from probability to foreground, unknown, background")
+    matting: PrepareMatting = key("from trimap to matte")
+    filters: PrepareFilters = key("what is rejected; null switches a filter off")
+    report: PrepareReport = key("report.html")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    model: str = key("model folder; auto: outputs/stage2/default/model, else the embedded toy model")
+    image: str | list[str] | None = key(
+        "a picture or a list of pictures of one subject; null: a held-out toy subject"
+    )
+    subject: str | None = key("category words, e.g. dog; needed with image")
+    prompt: str | None = key('the rest of the sentence, e.g. "on the beach"; needed with image')
+    output: str = key("folder for the pictures")
+    num_images: int = key("pictures", low=1)
+    steps: int = key("of the sampler", low=1)
+    guidance: float = key("classifier-free guidance; 1: none", low=1.0)
+    scheduler: Literal["pndm", "ddim"] = key("the sampler")
+    seed: int = key("picture j is a function of (seed, j)", low=0)
+    template: Literal["release", "paper"] | None = key("null: the one the model was trained with")
+    prompt_strength: float = key("times prompt_reps gives how often the sentence is repeated", above=0.0)
+    prompt_reps: int | None = key("null: the model's own", low=1)
+    negative_prompt: str = key("what to keep away from")
+    drop_subject: bool = key("let the text alone guide")
+    fit: str = key("crop or pad: how a picture becomes square")
+    device: str = key("auto, cpu or cuda")
+
+
+@dataclass(frozen=True)
+class EvaluateJudges:
+    clip: str = key("CLIP that recognises scenes: folder, hub id or embedded:…")
+    clipseg: str = key("CLIPSeg that finds the subject: folder, hub id or embedded:…")
+
+
+@dataclass(frozen=True)
+class EvaluatePairs:
+    count: int = key("held-out image–caption pairs", low=2)
+    batch_size: int = key("pairs that compete for a hard negative", low=2)
+
+
+@dataclass(frozen=True)
+class EvaluateSubjects:
+    count: int = key("held-out subjects", low=2)
+    steps: int = key("of the sampler", low=1)
+    guidance: float = key("classifier-free guidance", low=1.0)
+    batch_size: int = key("pictures sampled together", low=1)
+    pictures: int = key("subjects on the contact sheet", low=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    model: str = key("model folder; auto: outputs/stage2/default/model, else the embedded toy model")
+    output: str = key("folder for metrics.json and pictures")
+    seed: int = key("of cases, negatives and noise", low=0)
+    device: str = key("auto, cpu or cuda")
+    judges: EvaluateJudges = key("the models that measure")
+    pairs: EvaluatePairs = key("a model with stage 1's heads: retrieval, matching, captions")
+    subjects: EvaluateSubjects = key("a complete model: subject and scene of what it draws")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    run: str = key(
+        "a run's folder or a model folder; auto: outputs/stage2/default, else the embedded toy model"
+    )
+    format: Literal["diffusers", "lavis"] = key("layout: Salesforce/blipdiffusion's, or LAVIS's own")
+    to: str = key("where to write it; a folder, for LAVIS's stage 1 a .pth file")
+    dtype: Literal["float32", "float16", "bfloat16"] = key("diffusers: stored numbers")
+
+
 # ---- the walk ------------------------------------------------------------------------------------------------------
 
 
@@ -504,13 +666,24 @@ def train_schema(plain: Mapping[str, Any]) -> type[TrainConfig]:
     return Stage2Config if plain.get("stage") == 2 else Stage1Config
 
 
-def check_train(plain: Mapping[str, Any]) -> tuple[TrainConfig | None, list[Problem]]:
-    """A composed training configuration, or every problem with it."""
-    config, problems = check(train_schema(plain), plain)
-    if config is not None:
+SCHEMAS: dict[str, type] = {
+    "prepare": PrepareConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+}
+
+
+def schema_of(command: str, plain: Mapping[str, Any]) -> type:
+    """The schema of a command; train's and doctor's depend on the stage."""
+    if command == "doctor":
+        return Stage2Doctor if plain.get("stage") == 2 else Stage1Doctor
+    return train_schema(plain) if command == "train" else SCHEMAS[command]
+
+
+def check_command(command: str, plain: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """A command's composed configuration, or every problem with it."""
+    config, problems = check(schema_of(command, plain), plain)
+    if config is not None and command in ("train", "doctor"):
         problems = cross_checks(config)
     return (None if problems else config), problems
-
-
-SCHEMAS: dict[str, type] = {}
-"""The schema of every command but train, whose schema depends on the stage."""

@@ -65,7 +65,7 @@ def fit(world: Path, output: Path, stage: int, *more: str, stop_after: int | Non
     """One start of a run in this process; returns its folder."""
     tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", output, stage)]
     plain = cli.compose("train", [*tokens, *more])
-    config, problems = configuration.check_train(plain)
+    config, problems = configuration.check_command("train", plain)
     assert not problems
     if stop_after is None:
         assert train.train(config, plain, StopAfter(None)) == 0
@@ -141,7 +141,7 @@ def test_other_frozen_weights_are_refused(world, tmp_path):
     fit(world, tmp_path / "run", 1, "total_steps=2", "optim.warmup_steps=0")
     tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path / "run", 1)]
     plain = cli.compose("train", [*tokens, "model.skip_last_layers=0"])
-    config, _ = configuration.check_train(plain)
+    config, _ = configuration.check_command("train", plain)
     with pytest.raises(ValueError, match="the frozen weights of image_encoder are not those"):
         train.train(config, plain, StopAfter(None))
 
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run(world, tmp_path, monkeypa
     monkeypatch.setattr(training.torch, "save", full)
     tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 1)]
     plain = cli.compose("train", tokens)
-    config, _ = configuration.check_train(plain)
+    config, _ = configuration.check_command("train", plain)
     assert train.run(config, plain) == train.EXIT_NOT_SAVED
     out = capsys.readouterr().out
     assert "the disk is full; the checkpoint of step 2 is intact" in out
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkey
     )
     tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 2)]
     plain = cli.compose("train", [*tokens, "trainer.max_micro_batch=2"])
-    config, _ = configuration.check_train(plain)
+    config, _ = configuration.check_command("train", plain)
     assert train.run(config, plain) == train.EXIT_FAILED
     out = capsys.readouterr().out
     assert "the loss of optimizer step 3 is not finite; the step was not taken" in out
