@@ -1,4 +1,7 @@
-"""A trained model in another project's format: ``python -m blipdiff_train export run=… format=… to=…``."""
+"""A model in another project's format: ``python -m blipdiff_train export run=… format=… to=…``.
+
+What can be loaded can be exported, so this also converts LAVIS's checkpoints to diffusers' and back.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +11,21 @@ import torch
 
 from blipdiff_train.checkpoints import diffusers as diffusers_layout
 from blipdiff_train.checkpoints import lavis
-from blipdiff_train.checkpoints.model_folder import MARKS, load_model_folder, replace_folder
+from blipdiff_train.checkpoints.model_folder import replace_folder
+from blipdiff_train.checkpoints.sources import find_model, load_parts
 
 FORMATS = ("diffusers", "lavis")
-MODEL_SUBFOLDER = "model"  # where a run leaves its model folder
-
-
-def find_model_folder(source: str | Path) -> Path:
-    """The model folder that ``source`` is, or that the run directory ``source`` holds.
-
-    Raises:
-        ValueError: neither; the places looked at are named.
-    """
-    source = Path(source)
-    for folder in (source, source / MODEL_SUBFOLDER):
-        if folder.is_dir() and any((folder / mark).exists() for mark in MARKS[:3]):
-            return folder
-    raise ValueError(
-        f"{source}: neither it nor {source / MODEL_SUBFOLDER} is a model folder (one has {', '.join(MARKS[:3])}); "
-        "a run writes its model folder when training ends"
-    )
 
 
 def export(source: str | Path, format: str, to: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the model of a run or model folder in another format; returns what was written.
+    """Write a model in another format; returns what was written.
 
     ``diffusers`` gives a folder for ``BlipDiffusionPipeline``. ``lavis`` gives a folder for
     ``BlipDiffusion.load_checkpoint_from_dir``, or, for a model of stage 1, one ``.pth`` for
     ``Blip2Base.load_from_pretrained``. An old export at ``to`` stays until the new one is complete.
 
     Args:
-        source: run directory or model folder.
+        source: run directory, model folder, or anything else that ``checkpoints.sources.load_parts`` opens.
         format: one of :data:`FORMATS`.
         to: folder (``.pth`` file for stage 1 in LAVIS's format) to write.
         dtype: floating-point tensors are stored in this, in diffusers' format only; None keeps fp32.
@@ -51,14 +38,14 @@ def export(source: str | Path, format: str, to: str | Path, *, dtype: torch.dtyp
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if format == "lavis" and dtype is not None:
         raise ValueError("format=lavis stores fp32 only; leave the dtype out")
-    folder, to = find_model_folder(source), Path(to)
-    if to.exists() and folder.resolve() == to.resolve():
-        raise ValueError(f"to={to} is the model folder itself; choose another place")
-    parts = load_model_folder(folder)
+    found, to = find_model(source), Path(to)
+    if to.exists() and Path(found).resolve() == to.resolve():
+        raise ValueError(f"to={to} is the model itself; choose another place")
+    parts = load_parts(found)
     is_complete = parts.denoiser is not None
     if format == "diffusers":
         if not is_complete:
-            raise ValueError(f"{folder}: is a model of stage 1, which diffusers has no pipeline for; use format=lavis")
+            raise ValueError(f"{found}: is a model of stage 1, which diffusers has no pipeline for; use format=lavis")
         with replace_folder(to) as new:
             diffusers_layout.save(new, parts, dtype=dtype)
     elif is_complete:
@@ -66,8 +53,6 @@ def export(source: str | Path, format: str, to: str | Path, *, dtype: torch.dtyp
             lavis.save_folder(new, parts)
     else:
         if to.suffix != ".pth":
-            raise ValueError(
-                f"to={to}: a model of stage 1 is one file in LAVIS's format; give a name ending in .pth"
-            )
+            raise ValueError(f"to={to}: a model of stage 1 is one file in LAVIS's format; give a name ending in .pth")
         lavis.save_stage1(to, parts)
     return to

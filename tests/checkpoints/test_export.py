@@ -8,6 +8,7 @@ from blipdiff_train.checkpoints import diffusers as layout
 from blipdiff_train.checkpoints import lavis
 from blipdiff_train.checkpoints.export import export
 from blipdiff_train.checkpoints.model_folder import load_model_folder, save_model_folder
+from blipdiff_train.checkpoints.sources import find_model, load_parts
 from blipdiff_train.models.parts import ModelParts
 
 
@@ -66,7 +67,7 @@ def test_what_cannot_be_is_explained(run, tmp_path):
         export(run, "onnx", tmp_path / "out")
     with pytest.raises(ValueError, match="is a model folder"):
         export(tmp_path, "lavis", tmp_path / "out")
-    with pytest.raises(ValueError, match="is the model folder itself"):
+    with pytest.raises(ValueError, match="is the model itself"):
         export(run, "diffusers", run / "model")
     with pytest.raises(ValueError, match="stores fp32 only"):
         export(run, "lavis", tmp_path / "out", dtype=torch.float16)
@@ -76,3 +77,28 @@ def test_an_export_may_be_repeated(run, tmp_path):
     for format in ("diffusers", "lavis"):
         export(run, format, tmp_path / format)
         export(run, format, tmp_path / format)
+
+
+def test_formats_convert_into_each_other(run, tmp_path):
+    """LAVIS → diffusers gives the files that the model itself gives."""
+    lavis_folder = export(run, "lavis", tmp_path / "lavis")
+    direct, round_about = export(run, "diffusers", tmp_path / "a"), export(lavis_folder, "diffusers", tmp_path / "b")
+    for name in ("qformer/model", "text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"):
+        assert (direct / f"{name}.safetensors").read_bytes() == (round_about / f"{name}.safetensors").read_bytes(), name
+
+
+def test_every_source_is_told_apart(run, stage1, tmp_path, goldens):  # noqa: F811
+    lavis_folder = export(run, "lavis", tmp_path / "lavis")
+    diffusers_folder = export(run, "diffusers", tmp_path / "diffusers")
+    save_model_folder(tmp_path / "one", stage1)
+    file = export(tmp_path / "one", "lavis", tmp_path / "stage1.pth")
+    vocabulary = goldens / "generate" / "bert_tokenizer"
+    sizes = lavis.Sizes(qformer_heads=4, tower_heads=2)
+    for source in (run, run / "model", lavis_folder, diffusers_folder, tmp_path / "one"):
+        assert torch.equal(load_parts(source).qformer.query_tokens, stage1.qformer.query_tokens)
+    parts = load_parts(file, bert_tokenizer=vocabulary, sizes=sizes)
+    assert torch.equal(parts.qformer.query_tokens, stage1.qformer.query_tokens)
+    assert find_model("Salesforce/blipdiffusion") == "Salesforce/blipdiffusion"
+    for nothing in (tmp_path, tmp_path / "absent", tmp_path / "absent.pth"):
+        with pytest.raises(ValueError, match="is a model folder"):
+            load_parts(nothing)
