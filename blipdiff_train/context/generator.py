@@ -43,7 +43,7 @@ class ContextGenerator:
         self,
         segmenter: Segmenter,
         *,
-        foreground_threshold: float = 0.9,
+        foreground_threshold: float = 0.7,
         background_threshold: float = 0.1,
         margin: float = 0.01,
         engine: str = "fast",
@@ -129,7 +129,7 @@ class ContextGenerator:
 
     def describe(self) -> dict[str, Any]:
         """Provenance: the segmenter, the thresholds and the versions that made a matte."""
-        import pymatting
+        from importlib.metadata import version
 
         return {
             "segmenter": self.segmenter.describe(),
@@ -138,5 +138,5 @@ class ContextGenerator:
             "margin": self.margin,
             "matting": self.engine,
             "foreground_colours": self.foreground_colours,
-            "pymatting": pymatting.__version__,
+            "pymatting": version("pymatting"),
         }

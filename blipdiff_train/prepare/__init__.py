@@ -28,7 +28,7 @@ image.jpeg_quality              95               1..100
 segmenter.name                  grabcut          grabcut, clipseg or alpha (own alpha channel, NAME.alpha.png)
 segmenter.model                 null             clipseg: local folder or hub id
 segmenter.batch_size            8                clipseg: photographs a forward
-trimap.foreground_threshold     0.9              seg_prob at or above is foreground
+trimap.foreground_threshold     0.7              seg_prob at or above is foreground
 trimap.background_threshold     0.1              seg_prob at or below is background
 trimap.margin                   0.01             unknown border added on both sides, share of the longest side
 matting.engine                  fast             fast or pymatting (the reference)

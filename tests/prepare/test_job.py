@@ -56,7 +56,7 @@ def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photograp
         assert matte.max() == 255
         assert facts["subject"] in ("red ball", "cup")
         assert facts["provenance"]["segmenter"]["name"] == "grabcut"
-        assert facts["provenance"]["foreground_threshold"] == 0.9
+        assert facts["provenance"]["foreground_threshold"] == 0.7
         if facts["source"] == "cup/06.png":
             assert (facts["caption"], facts["caption_source"]) == ("my cup on the table", "given")
         else:
