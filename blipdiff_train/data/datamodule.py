@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
 from collections import Counter
@@ -24,6 +26,8 @@ from blipdiff_train.data.shards import SampleError, ShardSet
 from blipdiff_train.data.transforms import CLIP_MEAN, CLIP_STD, Normalisation, Stage1Transform, Stage2Transform
 
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 Shards = str | Sequence[str]
 Mixture = Sequence[Mapping[str, object]]
@@ -257,7 +261,7 @@ class ShardDataModule(LightningDataModule):
         options = {}
         if self.num_workers:
             options = {"prefetch_factor": self.prefetch_factor, "persistent_workers": persistent}
-            options["worker_init_fn"] = _init_worker
+            options["worker_init_fn"] = init_worker
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -313,7 +317,12 @@ def _report_background(faults: FaultMonitor, error: SampleError, shard: str, key
     faults.report(cause=f"background: {error.cause}", message=str(error), shard=shard, key=key)
 
 
-def _init_worker(number: int) -> None:
-    # a worker is one of many on its machine: no library may start threads of its own
+def init_worker(number: int = 0) -> None:
+    """One of many processes that decode images: no threads of its own, and memory that is kept for reuse."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere it is merely slower
+        libc = ctypes.CDLL(None)
+        # by default every image is mapped from and returned to the system: page faults cost a tenth of the time
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -226,6 +227,10 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in map(os.fspath, patterns):
         scheme = protocol(pattern)
+        # counted first: the expansion makes its whole list in memory
+        ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
+        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
+            raise ShardError(f"{pattern}: more than {MAX_SHARDS} shards")
         try:
             names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
         except UnbalancedBracesError as error:

@@ -36,6 +36,11 @@ ALPHA_SUFFIX = "alpha.png"
 LATENT_SUFFIX = "latent.npy"
 
 _BACKGROUND_DRAWS = 8
+_REDUCED_2, _REDUCED_4, _REDUCED_8 = (
+    cv2.IMREAD_REDUCED_COLOR_2,
+    cv2.IMREAD_REDUCED_COLOR_4,
+    cv2.IMREAD_REDUCED_COLOR_8,
+)
 _EXIF_ORIENTATION = 0x0112
 
 Record = Mapping[str, bytes | str]
@@ -93,8 +98,9 @@ def _decode(
         width, height = image.size
         if width * height > max_pixels:
             raise SampleError("image too large", f"{name}: {width}×{height} pixels, limit {max_pixels} in all")
-        if shrink_to is not None and image.format == "JPEG" and min(width, height) >= 2 * shrink_to:
-            image.draft(mode, (shrink_to * width // min(width, height), shrink_to * height // min(width, height)))
+        fast = _decode_plain(data, image, mode, shrink_to)
+        if fast is not None:
+            return fast, (height, width)
         image.load()
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             if image.getexif()[_EXIF_ORIENTATION] in (5, 6, 7, 8):
@@ -113,6 +119,29 @@ def _decode(
         if isinstance(error, MemoryError):
             raise
         raise SampleError("undecodable image", f"{name}: cannot be decoded: {error}") from error
+
+
+def _decode_plain(data: bytes, image: Image.Image, mode: str, shrink_to: int | None) -> np.ndarray | None:
+    """Plain JPEGs and 8-bit PNGs through OpenCV: the bytes Pillow gives, without its detour over four channels.
+
+    ``image`` is opened, not loaded. None means that Pillow must decode: EXIF turns, palettes, transparency, WebP, CMYK.
+    """
+    if image.format not in ("JPEG", "PNG") or image.mode not in ("RGB", "L") or "transparency" in image.info:
+        return None
+    if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        return None
+    flags = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR
+    if mode == "L" and image.mode != "L":
+        return None  # the two libraries weigh the colours differently
+    if shrink_to is not None and image.format == "JPEG" and mode == "RGB":
+        for factor, reduced in ((8, _REDUCED_8), (4, _REDUCED_4), (2, _REDUCED_2)):
+            if min(image.size) >= factor * shrink_to:
+                flags = reduced
+                break
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise OSError("truncated or corrupt")
+    return pixels if mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
 def read_info(record: Record) -> dict[str, object]:
@@ -238,19 +267,22 @@ class Normalisation:
 
     def __call__(self, image: np.ndarray) -> Tensor:
         """H W 3 uint8 → (3, H, W) float32."""
-        scale = torch.tensor([1 / (255 * std) for std in self.std])[:, None, None]
-        shift = torch.tensor([-mean / std for mean, std in zip(self.mean, self.std, strict=True)])[:, None, None]
-        return _planes(image).mul_(scale).add_(shift)
+        scale = [1 / (255 * std) for std in self.std]
+        shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+        return _planes(image, scale, shift)
 
 
 def to_target(image: np.ndarray) -> Tensor:
     """H W 3 uint8 → (3, H, W) float32 in [-1, 1]."""
-    return _planes(image).mul_(1 / 127.5).sub_(1.0)
+    return _planes(image, [1 / 127.5] * 3, [-1.0] * 3)
 
 
-def _planes(image: np.ndarray) -> Tensor:
-    planes = torch.empty((3, *image.shape[:2]), dtype=torch.float32)
-    return planes.copy_(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
+def _planes(image: np.ndarray, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
+    """Each channel times its scale plus its shift; a third of the time of torch's permute and copy."""
+    planes = np.empty((3, *image.shape[:2]), np.float32)
+    for number, channel in enumerate(cv2.split(image)):
+        cv2.addWeighted(channel, scale[number], channel, 0.0, shift[number], dst=planes[number], dtype=cv2.CV_32F)
+    return torch.from_numpy(planes)
 
 
 def drawn_background(size: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,189 @@
+"""How fast the loader is, as ratios from one run on one core.
+
+    python scripts/bench_data.py [--samples 256] [--rounds 5] [--height 512] [--foreground]
+
+(a) Stage-2 samples (read, decode, crop, composite on a random background at 512, resize to 224, normalise, collate)
+    against Pillow merely decoding the JPEGs and PNGs of the same samples from memory. Aim: at least 0.6.
+(b) Reading raw samples in shuffled order through the index against webdataset's own sequential pipeline over the same
+    tars. Aim: at least 1.0.
+
+The two sides alternate in short chunks and the times are CPU times of this process, so that other jobs on the machine
+disturb both alike; the ratio is the median over pairs of chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from blipdiff_train.common.rng import numpy_generator
+from blipdiff_train.data.datamodule import ShardDataModule, init_worker
+from blipdiff_train.data.order import EpochOrder
+from blipdiff_train.data.samples import background_record, collate_stage2, stage2_record
+from blipdiff_train.data.shards import ShardSet, write_shards
+from blipdiff_train.data.transforms import PHOTO_SUFFIXES
+
+
+def photograph(number: int, height: int, width: int) -> np.ndarray:
+    """Something that compresses like a photograph: noise of falling amplitude from coarse to fine. H W 3 uint8."""
+    generator = numpy_generator(0, "bench.photograph", number)
+    image = np.full((height, width, 3), 128.0, np.float32)
+    for octave in range(1, 8):
+        cells = generator.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
+        image += 90 / 1.8**octave * cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC)
+    image += generator.normal(size=image.shape).astype(np.float32) * 2
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def matte(number: int, height: int, width: int) -> np.ndarray:
+    """A blob with a soft, ragged edge: H W uint8."""
+    generator = numpy_generator(0, "bench.matte", number)
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    distance = np.hypot(rows / height - 0.5, columns / width - 0.5)
+    ragged = cv2.resize(generator.normal(size=(48, 48)).astype(np.float32), (width, height))
+    return (np.clip((0.32 + 0.03 * ragged - distance) * 60 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def make_shards(folder: Path, *, num_samples: int, height: int, width: int, foreground: bool) -> None:
+    """Annotated photographs in ``folder/train`` and backgrounds in ``folder/backgrounds``, as JPEG of quality 90."""
+
+    def jpeg(image: np.ndarray) -> bytes:
+        return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+    photos = [jpeg(photograph(number, height, width)) for number in range(min(num_samples, 32))]
+    mattes = [cv2.imencode(".png", matte(n, height, width))[1].tobytes() for n in range(len(photos))]
+    write_shards(
+        (
+            stage2_record(
+                f"{number:06d}",
+                photos[number % len(photos)],
+                mattes[number % len(photos)],
+                subject="dog",
+                caption="a photo of a dog",
+                foreground=photos[number % len(photos)] if foreground else None,
+            )
+            for number in range(num_samples)
+        ),
+        folder / "train",
+        samples_per_shard=64,
+    )
+    backgrounds = (background_record(f"b{number:06d}", photos[-1 - number % len(photos)]) for number in range(64))
+    write_shards(backgrounds, folder / "backgrounds")
+
+
+def compare(ours: Callable[[int], None], other: Callable[[int], None], chunks: int, rounds: int) -> tuple[float, ...]:
+    """Median CPU seconds of a chunk of each and median of their ratios (other ÷ ours), warm."""
+    times: list[tuple[float, float]] = []
+    for number in range(rounds + 1):
+        for chunk in range(chunks):
+            pair = []
+            for function in (ours, other):
+                start = time.process_time()
+                function(chunk)
+                pair.append(time.process_time() - start)
+            if number:
+                times.append((pair[0], pair[1]))
+    ratio = statistics.median(theirs / mine for mine, theirs in times)
+    return statistics.median(mine for mine, _ in times), statistics.median(theirs for _, theirs in times), ratio
+
+
+def bench_stage2(folder: Path, *, num_samples: int, rounds: int, batch_size: int = 16) -> dict[str, float]:
+    """Stage-2 batches against Pillow's decoding of the same files; samples per CPU second and their ratio."""
+    module = ShardDataModule(
+        stage=2,
+        shards=str(folder / "train"),
+        backgrounds=str(folder / "backgrounds"),
+        global_batch_size=batch_size,
+        micro_batch_size=batch_size,
+        total_steps=1,
+        seed=0,
+        image_size=224,
+        target_size=512,
+    )
+    dataset = module.train_dataset()
+    backgrounds = ShardSet(str(folder / "backgrounds"))
+    files: dict[int, list[bytes]] = {}
+    for position in range(num_samples):
+        record = dataset.shard_sets[0].read(dataset.order(position).index)
+        files[position] = [
+            data for suffix, data in record.items() if suffix in (*PHOTO_SUFFIXES, "fg.jpg", "alpha.png")
+        ]
+        drawn = int(numpy_generator(0, "background", position).integers(len(backgrounds)))
+        files[position] += [data for suffix, data in backgrounds.read(drawn).items() if suffix in PHOTO_SUFFIXES]
+
+    def batch(chunk: int) -> None:
+        collate_stage2([dataset[position] for position in range(chunk * batch_size, (chunk + 1) * batch_size)])
+
+    def decoding(chunk: int) -> None:
+        for position in range(chunk * batch_size, (chunk + 1) * batch_size):
+            for data in files[position]:
+                Image.open(io.BytesIO(data)).load()
+
+    ours, pillow, ratio = compare(batch, decoding, num_samples // batch_size, rounds)
+    return {"ours": batch_size / ours, "pillow": batch_size / pillow, "ratio": ratio}
+
+
+def bench_reading(folder: Path, *, rounds: int) -> dict[str, float]:
+    """Shuffled reading by index against webdataset's sequential pipeline; samples per CPU second and their ratio."""
+    import webdataset
+
+    shards = ShardSet(str(folder / "train"))
+    order = EpochOrder(shards.sizes, seed=0)
+    names = [shard.name for shard in shards.shards]
+
+    def indexed(_: int) -> None:
+        for position in range(len(shards)):
+            shards.read(order(position).index)
+
+    def sequential(_: int) -> None:
+        for _ in webdataset.WebDataset(names, shardshuffle=False):
+            pass
+
+    ours, other, ratio = compare(indexed, sequential, 1, rounds)
+    return {"ours": len(shards) / ours, "webdataset": len(shards) / other, "ratio": ratio}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--height", type=int, default=512, help="shorter side of the photographs; 4:3")
+    parser.add_argument("--foreground", action="store_true", help="samples with estimated foreground colours (.fg.jpg)")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    options = parser.parse_args(arguments)
+    init_worker()  # as in a loader process
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        width = options.height * 4 // 3
+        make_shards(
+            folder, num_samples=options.samples, height=options.height, width=width, foreground=options.foreground
+        )
+        results = {
+            "stage-2 batches / Pillow decoding": bench_stage2(
+                folder, num_samples=options.samples, rounds=options.rounds
+            ),
+            "indexed reading / webdataset sequential": bench_reading(folder, rounds=options.rounds),
+        }
+    for title, result in results.items():
+        numbers = ", ".join(f"{name} {value:.0f}/s" for name, value in result.items() if name != "ratio")
+        print(f"{title}: {result['ratio']:.2f} ({numbers} a core)")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
