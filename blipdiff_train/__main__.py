@@ -25,6 +25,8 @@ COMMANDS = {
     "doctor": "check data, batch arithmetic and machine before a run",
 }
 
+WITH_GROUPS = ("train", "doctor")
+
 HELP = """\
 blipdiff_train: train BLIP-Diffusion.   python -m blipdiff_train [command] key=value …
 
@@ -59,8 +61,11 @@ flags
 """
 
 
-def config_folder() -> Path:
+def config_folder(command: str = "train") -> Path:
     """``configs/``: inside the package when installed from a wheel, beside it in a checkout.
+
+    Commands without groups of configuration files have theirs in ``commands/`` below it: there ``model=FOLDER`` is a
+    value, and not the choice of ``model/FOLDER.yaml``.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -68,7 +73,7 @@ def config_folder() -> Path:
     package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
-            return folder
+            return folder if command in WITH_GROUPS else folder / "commands"
     raise FileNotFoundError(f"no configs/ in {package} or beside it: the installation is incomplete")
 
 
@@ -124,14 +129,14 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
     from blipdiff_train.config import ConfigError, Problem, check_command
 
     def composed(overrides: Sequence[str]) -> dict[str, Any]:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder(command)), version_base="1.3"):
             config = hydra_compose(command, list(overrides))
         return OmegaConf.to_container(config, resolve=True)
 
     extra = [
         f"hydra.searchpath=[{','.join('file://' + str(Path(item).resolve()) for item in search)}]"
     ] * bool(search)
-    groups, values, problems = _parse(tokens, search)
+    groups, values, problems = _parse(command, tokens, search)
     base = composed(extra + groups)
     kept = []
     for name, token, must_exist in values:
@@ -157,7 +162,7 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
 
 
 def _parse(
-    tokens: Sequence[str], search: Sequence[str]
+    command: str, tokens: Sequence[str], search: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, str, bool]], list[Any]]:
     """Sort overrides into choices of configuration files, values (name, token, must exist), and problems."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -180,7 +185,7 @@ def _parse(
         if override.is_sweep_override():
             problems.append(Problem(name, "has several values; add -m to run one job for each of them"))
             continue
-        choices = _choices(name, search)
+        choices = _choices(command, name, search)
         if choices is None:
             if not name.startswith("hydra."):
                 values.append((name, token, not (override.is_add() or override.is_force_add())))
@@ -194,10 +199,10 @@ def _parse(
     return groups, values, problems
 
 
-def _choices(group: str, search: Sequence[str]) -> list[str] | None:
+def _choices(command: str, group: str, search: Sequence[str]) -> list[str] | None:
     """The files of a configuration group, None if it is no group."""
     folders = [
-        folder / group for folder in (config_folder(), *map(Path, search)) if (folder / group).is_dir()
+        folder / group for folder in (config_folder(command), *map(Path, search)) if (folder / group).is_dir()
     ]
     if group.startswith("hydra/"):
         folders = folders or [Path()]
@@ -277,7 +282,9 @@ def sweep(command: str, tokens: Sequence[str], search: Sequence[str]) -> int:
     arguments = sys.argv
     sys.argv = [arguments[0], "--multirun", *quiet, *tokens]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=command)(run_job)()
+        hydra.main(version_base="1.3", config_path=str(config_folder(command)), config_name=command)(
+            run_job
+        )()
     finally:
         sys.argv = arguments
     failed = [(job, code) for job, code in results if code]

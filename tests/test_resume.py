@@ -94,8 +94,18 @@ def test_stops_and_starts_leave_no_trace(world, tmp_path, chaos, stage):
 
 def test_dropout_is_on_in_what_is_compared(world, tmp_path):
     """The exactness above would be cheap without any randomness in the step."""
-    with_dropout = fit(world, tmp_path / "a", 1, "total_steps=1", "optim.warmup_steps=0", "every.validation=null")
-    without = fit(world, tmp_path / "b", 1, "total_steps=1", "optim.warmup_steps=0", "every.validation=null", "model.qformer.dropout=0.0")
+    with_dropout = fit(
+        world, tmp_path / "a", 1, "total_steps=1", "optim.warmup_steps=0", "every.validation=null"
+    )
+    without = fit(
+        world,
+        tmp_path / "b",
+        1,
+        "total_steps=1",
+        "optim.warmup_steps=0",
+        "every.validation=null",
+        "model.qformer.dropout=0.0",
+    )
     loss = [(run / "metrics.csv").read_text().splitlines()[1] for run in (with_dropout, without)]
     assert loss[0] != loss[1]
 
@@ -139,7 +149,9 @@ def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, chaos, capsys):
 
 def test_other_frozen_weights_are_refused(world, tmp_path):
     fit(world, tmp_path / "run", 1, "total_steps=2", "optim.warmup_steps=0")
-    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path / "run", 1)]
+    tokens = [
+        cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path / "run", 1)
+    ]
     plain = cli.compose("train", [*tokens, "model.skip_last_layers=0"])
     config, _ = configuration.check_command("train", plain)
     with pytest.raises(ValueError, match="the frozen weights of image_encoder are not those"):
@@ -197,9 +209,21 @@ def test_killed_runs_end_in_the_same_bits(world, tmp_path, stage, processes):
     """SIGKILL at random moments and while a checkpoint is written, one process and two."""
     settings = tiny.overrides(world / "models", world / "data", tmp_path, stage)
     settings += ["optim.ema_decay=0.9", "total_steps=12"]
-    words = ["--kills", "4", "--processes", str(processes), "--output", str(tmp_path / "chaos"), "--", *settings]
+    words = [
+        "--kills",
+        "4",
+        "--processes",
+        str(processes),
+        "--output",
+        str(tmp_path / "chaos"),
+        "--",
+        *settings,
+    ]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "chaos.py"), *words], capture_output=True, text=True, timeout=550
+        [sys.executable, str(ROOT / "scripts" / "chaos.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=550,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills, 1 finish" in done.stdout

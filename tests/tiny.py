@@ -1,4 +1,4 @@
-"""A model of a few thousand weights and a few shards, as folders on the disk: whole runs in seconds, on the real path."""
+"""A model of a few thousand weights and a few shards, as folders on the disk: whole runs in seconds, the real way."""
 
 from __future__ import annotations
 
@@ -10,14 +10,40 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-CLIP_WORDS = ["a", "an", "the", "on", "dog", "cat", "boat", "red", "blue", "beach", "snow", "with", "and", "spots"]
+CLIP_WORDS = [
+    "a",
+    "an",
+    "the",
+    "on",
+    "dog",
+    "cat",
+    "boat",
+    "red",
+    "blue",
+    "beach",
+    "snow",
+    "with",
+    "and",
+    "spots",
+]
 
 
 def write_bert_tokenizer(folder: Path) -> Path:
     """A WordPiece vocabulary of the letters and some words."""
     folder.mkdir(parents=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CLIP_WORDS[3:], *letters, *(f"##{x}" for x in letters), ",", "-"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *CLIP_WORDS[3:],
+        *letters,
+        *(f"##{x}" for x in letters),
+        ",",
+        "-",
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -48,7 +74,12 @@ def write_models(folder: Path) -> Path:
     width = 16
     write_bert_tokenizer(folder / "bert_tokenizer")
     vision = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     CLIPVisionModel(vision).save_pretrained(folder / "clip")
     diffusion = folder / "stable_diffusion"
@@ -84,9 +115,9 @@ def write_models(folder: Path) -> Path:
         attention_head_dim=4,
         cross_attention_dim=width,
     ).save_pretrained(diffusion / "unet")
-    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False).save_pretrained(
-        diffusion / "scheduler"
-    )
+    DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+    ).save_pretrained(diffusion / "scheduler")
     return folder
 
 
@@ -108,7 +139,9 @@ def write_data(folder: Path, *, samples: int = 24) -> Path:
         )
         write_shards(
             (
-                stage2_record(f"{n:05d}", s.image, s.alpha, subject=s.subject, caption=s.caption, prompt=s.prompt)
+                stage2_record(
+                    f"{n:05d}", s.image, s.alpha, subject=s.subject, caption=s.caption, prompt=s.prompt
+                )
                 for n, s in enumerate(drawn)
             ),
             folder / f"{suffix}2",
@@ -155,7 +188,12 @@ def command(*words: str) -> list[str]:
 def run(*words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     done = subprocess.run(
-        command(*words), capture_output=True, text=True, env=os.environ | environment, cwd=REPOSITORY, timeout=300
+        command(*words),
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=REPOSITORY,
+        timeout=300,
     )
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -35,11 +35,20 @@ def test_each_trainable_parameter_is_in_exactly_one_group():
 
 def test_nothing_trainable_is_an_error():
     with pytest.raises(ValueError, match="trainable"):
-        build_optimizer(torch.nn.Linear(2, 2).requires_grad_(False).named_parameters(), lr=1.0, weight_decay=0.0)
+        build_optimizer(
+            torch.nn.Linear(2, 2).requires_grad_(False).named_parameters(), lr=1.0, weight_decay=0.0
+        )
 
 
 def test_cosine_reaches_its_landmarks():
-    keys = {"schedule": "cosine", "lr": 1e-4, "warmup_steps": 10, "total_steps": 110, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    keys = {
+        "schedule": "cosine",
+        "lr": 1e-4,
+        "warmup_steps": 10,
+        "total_steps": 110,
+        "warmup_lr": 1e-6,
+        "min_lr": 1e-5,
+    }
     assert learning_rate(0, **keys) == pytest.approx(1e-6)
     assert learning_rate(5, **keys) == pytest.approx((1e-6 + 1e-4) / 2)
     assert learning_rate(10, **keys) == pytest.approx(1e-4)
@@ -95,7 +104,10 @@ def test_schedule_state_restores_without_history():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"schedule": "linear", "warmup_steps": 0, "total_steps": 1}, "optim.schedule='linear': allowed are cosine, constant"),
+        (
+            {"schedule": "linear", "warmup_steps": 0, "total_steps": 1},
+            "optim.schedule='linear': allowed are cosine, constant",
+        ),
         ({"schedule": "cosine", "warmup_steps": 7, "total_steps": 3}, "optim.warmup_steps=7.*total_steps=3"),
     ],
 )
