@@ -113,6 +113,8 @@ def _decode(
         return np.array(image), (height, width)  # a copy: torch wants memory it may write to
     except SampleError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, on the header too
+        raise SampleError("image too large", f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise SampleError("not an image", f"{name}: not a {', '.join(FORMATS)} image") from error
     except Exception as error:  # decoders raise what they like on broken files: OSError, SyntaxError, struct.error, …

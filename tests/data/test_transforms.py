@@ -1,0 +1,211 @@
+"""Members to tensors: as the reference resizes, upright, bounded, and typed errors for everything broken."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from shard_makers import annotated, disc, picture
+
+from blipdiff_train.data import transforms
+from blipdiff_train.data.samples import stage2_record
+from blipdiff_train.data.shards import SampleError
+from blipdiff_train.data.transforms import Normalisation, Stage1Transform, Stage2Transform, decode_photo
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def record(**members):
+    return {"__key__": "k", "__shard__": "s.tar", **{k.replace("_", "."): v for k, v in members.items()}}
+
+
+@pytest.mark.parametrize("size", [(100, 160), (160, 100), (64, 64), (40, 50)])
+def test_resize_and_crop_is_pillows_within_a_grey_level(size):
+    image = picture(3, *size)
+    rows, columns = size
+    factor = 64 / min(size)
+    height, width = max(64, int(rows * factor + 1e-9)), max(64, int(columns * factor + 1e-9))
+    expected = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - 64) / 2), round((height - 64) / 2)
+    expected = np.asarray(expected.crop((left, top, left + 64, top + 64))).astype(int)
+    assert np.abs(transforms.resize_and_crop(image, 64).astype(int) - expected).max() <= 1
+
+
+def test_normalisation_is_clips():
+    image = picture(1)
+    expected = (torch.from_numpy(image).permute(2, 0, 1) / 255 - torch.tensor(transforms.CLIP_MEAN)[:, None, None]) / (
+        torch.tensor(transforms.CLIP_STD)[:, None, None]
+    )
+    torch.testing.assert_close(Normalisation()(image), expected, atol=2e-6, rtol=1e-6)
+    target = transforms.to_target(np.stack([np.full((2, 2), value, np.uint8) for value in (0, 51, 255)], axis=2))
+    torch.testing.assert_close(target[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {"lossless": True})]
+)
+def test_photographs_decode_as_pillow_decodes_them(kind, options):
+    data = encode(picture(5), kind, **options)
+    suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
+    decoded, size = decode_photo(record(**{suffix: data}))
+    assert size == (48, 64)
+    assert np.array_equal(decoded, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_turned_grey_palette_and_transparent_photographs():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, size = decode_photo(record(jpg=encode(picture(5), "JPEG", quality=95, exif=exif.tobytes())))
+    assert turned.shape == (64, 48, 3)
+    assert size == (64, 48)
+    for image in (Image.fromarray(picture(5)).convert(mode) for mode in ("L", "P", "RGBA", "1", "LA")):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        assert decode_photo(record(png=buffer.getvalue()))[0].shape == (48, 64, 3)
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_but_never_below_what_is_needed():
+    data = encode(picture(5, 400, 600), "JPEG")
+    for shrink_to, rows in ((400, 400), (201, 400), (200, 200), (100, 100), (50, 50), (10, 50), (None, 400)):
+        decoded, size = decode_photo(record(jpg=data), shrink_to=shrink_to)
+        assert decoded.shape[0] == rows
+        assert size == (400, 600)
+
+
+def test_an_image_bomb_is_refused_by_its_header():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(SampleError, match="2500000000 pixels") as error:
+        decode_photo(record(png=bomb))
+    assert error.value.cause == "image too large"
+    with pytest.raises(SampleError, match="2500000000 pixels"):
+        transforms.decode_alpha(record(alpha_png=bomb))
+    with pytest.raises(SampleError, match="64×48 pixels, limit 3000") as error:
+        decode_photo(record(png=encode(picture(5), "PNG")), max_pixels=3000)
+    assert error.value.cause == "image too large"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_images_are_typed_errors(kind):
+    data = encode(picture(5), kind)
+    for share in (0.1, 0.5, 0.95):
+        with pytest.raises(SampleError) as error:
+            decode_photo(record(jpg=data[: int(len(data) * share)]))
+        assert error.value.cause in ("undecodable image", "not an image")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_fuzz_damaged_images_are_images_or_typed_errors(data):
+    raw = bytearray(encode(picture(5, 20, 30), data.draw(st.sampled_from(["JPEG", "PNG", "WEBP"]))))
+    for _ in range(data.draw(st.integers(1, 8))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded, _ = decode_photo(record(jpg=bytes(raw)), max_pixels=10_000)
+    except SampleError:
+        return
+    assert decoded.dtype == np.uint8
+    assert decoded.size <= 30_000
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
+def test_fuzz_any_json_is_an_object_or_a_typed_error(data):
+    try:
+        info = transforms.read_info(record(json=data, txt=data))
+    except SampleError as error:
+        assert error.cause in ("bad json", "bad text")  # noqa: PT017
+        return
+    assert isinstance(info, dict)
+
+
+def test_deeply_nested_json_is_a_typed_error():
+    with pytest.raises(SampleError, match=r"k\.json"):
+        transforms.read_info(record(json=b"[" * 100_000))
+
+
+def test_latents_are_used_only_if_made_as_expected():
+    moments = np.random.default_rng(0).normal(size=(8, 4, 4)).astype(np.float16)
+    buffer = io.BytesIO()
+    np.save(buffer, moments)
+    good = {**annotated(1), "latent.npy": buffer.getvalue()}
+    good["json"] = b'{"caption": "a", "subject": "dog", "latent": "vae1"}'
+    transform = Stage2Transform(image_size=16, target_size=32, seed=0, latent_key="vae1")
+    sample = transform(good, 0)
+    assert sample.target_image is None
+    assert torch.equal(sample.latent_moments, torch.from_numpy(moments.astype(np.float32)))
+    buffer = io.BytesIO()
+    np.save(buffer, np.full((8, 4, 4), np.nan, np.float32))
+    lying = (
+        b"\x93NUMPY\x01\x00v\x00"
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000, 1000), }".ljust(118)
+    )
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}], object), allow_pickle=True)
+    for data, cause in ((buffer.getvalue(), "bad latent"), (lying, "bad latent"), (pickled.getvalue(), "bad latent")):
+        with pytest.raises(SampleError) as error:
+            transform({**good, "latent.npy": data}, 0)
+        assert error.value.cause == cause
+    with pytest.raises(SampleError, match="expected 'vae2'"):
+        Stage2Transform(image_size=16, target_size=32, seed=0, latent_key="vae2")(good, 0)
+
+
+def test_stage2_puts_the_subject_on_another_background_and_keeps_the_target():
+    image = np.full((40, 40, 3), (200, 10, 10), np.uint8)
+    alpha = np.zeros((40, 40), np.uint8)
+    alpha[10:30, 10:30] = 255
+    image[alpha == 255] = (10, 200, 10)
+    sample = stage2_record("k", image, alpha, subject="dog", caption="a green dog", prompt="a dog")
+    sample["json"] = b'{"caption": "a green dog", "subject": "dog", "prompt": "a dog"}'
+    transform = Stage2Transform(
+        image_size=32, target_size=40, seed=3, normalisation=Normalisation((0, 0, 0), (1, 1, 1))
+    )
+    result = transform(sample, 5)
+    assert (result.prompt, result.caption, result.subject_text) == ("a dog", "a green dog", "dog")
+    torch.testing.assert_close(result.target_image, transforms.to_target(image))
+    pixels = (result.subject_image * 255).round().permute(1, 2, 0).reshape(-1, 3)
+    assert ((pixels - torch.tensor([10.0, 200, 10])).abs().amax(1) <= 2).float().mean() > 0.2
+    assert ((pixels - torch.tensor([200.0, 10, 10])).abs().amax(1) <= 40).float().mean() < 0.05
+    assert torch.equal(transform(sample, 5).subject_image, result.subject_image)
+    assert not torch.equal(transform(sample, 6).subject_image, result.subject_image)
+
+
+def test_stage1_crops_at_random_in_training_and_in_the_middle_in_validation():
+    sample = {**annotated(2), "json": b'{"caption": " a dog ", "image_id": 7}'}
+    train = Stage1Transform(image_size=16, seed=0)
+    images = [train(sample, position).image for position in range(6)]
+    assert torch.equal(train(sample, 0).image, images[0])
+    assert all(not torch.equal(images[0], other) for other in images[1:])
+    calm = Stage1Transform(image_size=16, seed=0, train=False)
+    assert torch.equal(calm(sample, 0).image, calm(sample, 1).image)
+    middle = Stage1Transform(image_size=16, seed=0, min_crop_scale=1.0, flip_probability=0.0)
+    assert torch.equal(middle(sample, 0).image, calm(sample, 0).image)
+    assert calm(sample, 0).caption == "a dog"
+    other = {**sample, "__key__": "another"}
+    assert calm(sample, 0).image_id == calm(other, 0).image_id
+    del other["json"]
+    other["txt"] = b"a cat"
+    assert calm(other, 0).caption == "a cat"
+    assert calm(other, 0).image_id != calm(sample, 0).image_id
+
+
+def test_sixteen_bit_mattes_are_scaled_not_clipped():
+    alpha = cv2.imencode(".png", disc().astype(np.uint16) * 257)[1].tobytes()
+    assert np.abs(transforms.decode_alpha(record(alpha_png=alpha)).astype(int) - disc()).max() <= 1
