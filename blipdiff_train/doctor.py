@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +25,8 @@ PACKAGES = (
     "webdataset",
     "pymatting",
 )
-SAMPLES_PER_SHARD = 4
-"""Decoded with depth=sample."""
+STATES = {"ok": "ok", "warning": "warn", "error": "fail"}
+"""Words of ``data.check`` → words of the table."""
 
 
 @dataclass
@@ -49,9 +48,9 @@ def run(config: Any) -> int:
         findings.append(Finding("fail", "data", str(error)))
     if data is not None:
         for name, shards in (("training shards", data.shards), ("validation shards", data.val_shards)):
-            findings += check_shards(config, shards, name, full=config.depth == "full")
+            findings += check_shards(config, shards, name, f"stage{config.stage}")
         if config.stage == 2:
-            findings += check_backgrounds(data.backgrounds)
+            findings += check_shards(config, data.backgrounds, "backgrounds", "backgrounds")
     parts = None
     try:
         parts = build.parts(config, lambda line: None)
@@ -81,78 +80,28 @@ def _versions() -> Finding:
     return Finding("ok", "versions", ", ".join(found))
 
 
-def check_shards(config: Any, shards: Any, name: str, *, full: bool) -> list[Finding]:
-    """Whether tars can be indexed, and samples decoded to what the stage needs; and what is in them."""
-    from blipdiff_train.data.shards import SampleError, ShardSet
-    from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform
+def check_shards(config: Any, shards: Any, name: str, kind: str) -> list[Finding]:
+    """Whether tars can be indexed and samples decoded; and what is in them."""
+    from blipdiff_train.data import check
+    from blipdiff_train.data.cache import ShardCache
 
     if shards is None:
-        return [Finding("warn", name, "none")]
-    sources = [
-        part["shards"] if isinstance(part, dict) else part
-        for part in ([shards] if isinstance(shards, str) else shards)
-    ]
-    if config.stage == 1:
-        transform = Stage1Transform(image_size=32, seed=0, train=False)
-    else:
-        transform = Stage2Transform(image_size=32, target_size=32, seed=0, train=False)
-    total = decoded = 0
-    causes: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    words: Counter[str] = Counter()
-    keys: Counter[str] = Counter()
-    for source in sources:
-        try:
-            opened = ShardSet(source)
-        except (ValueError, OSError) as error:
-            return [Finding("fail", name, str(error))]
-        total += len(opened)
-        start = 0
-        for size in opened.sizes:
-            for index in range(start, start + (int(size) if full else min(int(size), SAMPLES_PER_SHARD))):
-                keys[opened.key(index)] += 1
-                decoded += 1
-                try:
-                    sample = transform(opened.read(index, transform.suffixes), index)
-                except SampleError as error:
-                    causes[error.cause] += 1
-                    first.setdefault(error.cause, str(error))
-                else:
-                    words[sample.caption if config.stage == 1 else sample.subject_text] += 1
-            start += int(size)
-    if not total:
-        return [Finding("fail", name, "no samples in them")]
-    findings = [Finding("ok", name, f"{total:,} samples; {decoded:,} decoded")]
-    share = sum(causes.values()) / max(1, decoded)
-    for cause, count in causes.most_common():
-        state = "fail" if share > config.data.max_bad_fraction else "warn"
-        findings.append(Finding(state, name, f"{count} of {decoded} bad: {cause}, e.g. {first[cause]}"))
-    repeated = sum(count - 1 for count in keys.values())
-    if repeated:
-        findings.append(Finding("warn", name, f"{repeated} of {decoded} keys occur more than once"))
-    kind = "captions" if config.stage == 1 else "categories"
-    common = ", ".join(f"{word!r} {count}" for word, count in words.most_common(3))
-    findings.append(Finding("ok", name, f"{len(words)} different {kind}; most frequent: {common}"))
-    return findings
-
-
-def check_backgrounds(backgrounds: Any) -> list[Finding]:
-    """Whether there are photographs to put subjects on."""
-    from blipdiff_train.data.shards import ShardSet
-
-    if backgrounds is None:
-        return [
-            Finding(
-                "warn",
-                "backgrounds",
-                "data.backgrounds is null: backgrounds are drawn; photographs are better",
-            )
-        ]
-    try:
-        count = len(ShardSet(backgrounds))
-    except (ValueError, OSError) as error:
-        return [Finding("fail", "backgrounds", str(error))]
-    return [Finding("ok" if count else "fail", "backgrounds", f"{count:,} photographs")]
+        advice = "; backgrounds are drawn, photographs are better" if kind == "backgrounds" else ""
+        return [Finding("warn", name, f"none{advice}")]
+    listed = (
+        [shards] if isinstance(shards, str) or not any(isinstance(part, dict) for part in shards) else shards
+    )
+    data, found = config.data, []
+    for part in listed:
+        found += check.check_shards(
+            part["shards"] if isinstance(part, dict) else part,
+            kind=kind,
+            depth=config.depth,
+            name=name,
+            cache=ShardCache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+    return [Finding(STATES[finding.level], finding.subject, finding.text) for finding in found]
 
 
 def check_batches(config: Stage1Config | Stage2Config, data: Any, parts: ModelParts | None) -> Finding:
