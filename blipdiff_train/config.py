@@ -107,7 +107,7 @@ class TrainerSettings:
         "processes on this machine: GPUs, or CPU processes; auto: every GPU, else 1"
     )
     num_nodes: int = key("machines", low=1)
-    strategy: Literal["auto", "ddp", "fsdp"] = key("auto: ddp as soon as there is more than one process")
+    strategy: Literal["auto", "ddp"] = key("auto: ddp as soon as there is more than one process")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = key("arithmetic of the trained parts")
     frozen_precision: Literal["32", "bf16", "16"] = key("arithmetic of the frozen parts")
     max_micro_batch: int = key(
@@ -630,19 +630,6 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
     if data.source == "shards" and data.shards is None:
         problems.append(
             Problem("data.shards", "is null; name the training tars, e.g. data.shards=path/to/folder")
-        )
-    if trainer.strategy == "fsdp" and accelerator != "gpu":
-        problems.append(Problem("trainer.strategy", "fsdp needs GPUs; use ddp on the CPU"))
-    if trainer.strategy == "fsdp" and optim.ema_decay is not None:
-        problems.append(
-            Problem(
-                "optim.ema_decay",
-                "no average of sharded weights can be kept: set null, or trainer.strategy=ddp",
-            )
-        )
-    if trainer.strategy == "fsdp" and config.every.samples is not None:
-        problems.append(
-            Problem("every.samples", "one rank cannot draw with sharded weights: set null, or strategy=ddp")
         )
     if accelerator == "cpu" and trainer.precision == "16-mixed":
         problems.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -182,7 +183,7 @@ class WandbLogger:
         except ImportError as error:
             raise ValueError("logger=wandb needs the package: pip install wandb") from error
         self._wandb, self._sent = wandb, sent
-        self.run_id = run_id or wandb.util.generate_id()
+        self.run_id = run_id or secrets.token_hex(4)
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             id=self.run_id,
