@@ -77,6 +77,7 @@ def test_the_cache_stays_below_its_size_and_still_serves_everything(server, tmp_
     assert len(downloads()) == before
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_downloads(server, tmp_path):
     pytest.importorskip("aiohttp")
     cache = ShardCache(tmp_path / "cache")
