@@ -91,6 +91,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
             if path.is_file():
                 target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                path.chmod(0o644)  # safetensors writes files that only their owner can read
                 os.replace(path, target)
 
 
@@ -853,14 +854,14 @@ def evaluate_unet(out: Path, unet, count: int, *, steps: int, guidance: float) -
 
 
 def contact_sheet(pictures: Tensor, columns: int, path: Path, zoom: int = 2) -> None:
-    """Write (N, 3, H, W) pictures in [0, 1], row by row, as one PNG."""
+    """Write (N, 3, H, W) pictures in [0, 1], row by row, as one file."""
     from PIL import Image
 
     rows = [torch.cat(list(pictures[i : i + columns]), dim=2) for i in range(0, len(pictures), columns)]
     sheet = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(sheet)
-    picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST).save(path, optimize=True)
+    picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST).save(path, optimize=True, quality=92)
 
 
 def evaluate(out: Path, args: argparse.Namespace) -> None:
@@ -903,7 +904,7 @@ def evaluate(out: Path, args: argparse.Namespace) -> None:
         text_to_image(out, unet, prompts[i : i + 20], steps=25, guidance=5.0, seed=i)
         for i in range(0, len(prompts), 20)
     ]
-    contact_sheet(torch.cat(rows), len(SCENE_NAMES), args.pictures / "toy_text_to_image.png")
+    contact_sheet(torch.cat(rows), len(SCENE_NAMES), args.pictures / "toy_text_to_image.jpg", zoom=1)
 
 
 # -------------------------------------------------------------------------------------------------- main
