@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -137,27 +136,14 @@ def evaluate(config: EvaluateConfig, plain: Mapping[str, Any]) -> int:
 
 
 def export(config: ExportConfig, plain: Mapping[str, Any]) -> int:
-    """A model folder in another layout."""
+    """A trained model in another layout."""
     import torch
 
-    from blipdiff_train.checkpoints import lavis
-    from blipdiff_train.checkpoints.model_folder import load_model_folder, save_model_folder
+    from blipdiff_train.checkpoints.export import export as write
 
-    folder, to = model_folder(config.run), Path(config.to)
-    parts = load_model_folder(folder)
-    if config.format == "diffusers":
-        save_model_folder(to, parts, dtype=getattr(torch, config.dtype))
-    elif parts.denoiser is not None:
-        if to.exists():
-            raise ValueError(f"to={to} exists; choose a new folder")
-        try:
-            lavis.save_folder(to, parts)
-        except BaseException:
-            shutil.rmtree(to, ignore_errors=True)
-            raise
-    else:
-        lavis.save_stage1(to, parts)
-    print(f"{folder} → {to} ({config.format})")
+    folder = model_folder(config.run)
+    dtype = None if config.dtype == "float32" else getattr(torch, config.dtype)
+    print(f"{folder} → {write(folder, config.format, config.to, dtype=dtype)} ({config.format})")
     return 0
 
 
