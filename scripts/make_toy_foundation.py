@@ -11,8 +11,8 @@ diffusers, small. One script, in steps that can be run apart and continue where 
     unet        text-to-image on prompts that never name the subject's colours
     evaluate    held-out numbers and pictures
 
-    python scripts/make_toy_foundation.py clip vae --minutes 20
-    python scripts/make_toy_foundation.py latents unet --minutes 45
+    python scripts/make_toy_foundation.py clip --minutes 60 &
+    python scripts/make_toy_foundation.py vae --minutes 40; python scripts/make_toy_foundation.py latents unet
     python scripts/make_toy_foundation.py evaluate
 
 `--minutes` is the training time of each named training step, counted over all its runs; the learning rate follows
@@ -51,7 +51,7 @@ MAX_TEXT_TOKENS = 48  # 16 subject embeddings and 32 text tokens
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STEPS = ("pool", "tokenizers", "clip", "vae", "latents", "unet", "evaluate")
-DEFAULT_MINUTES = {"clip": 15.0, "vae": 25.0, "unet": 45.0}
+DEFAULT_MINUTES = {"clip": 60.0, "vae": 40.0, "unet": 25.0}  # on one busy CPU core each
 
 CATEGORY_INDEX = {name: i for i, name in enumerate(toybox.CATEGORIES)}
 COLOUR_INDEX = {name: i for i, name in enumerate(toybox.COLOURS)}
@@ -861,7 +861,8 @@ def contact_sheet(pictures: Tensor, columns: int, path: Path, zoom: int = 2) -> 
     sheet = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(sheet)
-    picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST).save(path, optimize=True, quality=92)
+    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
+    picture.save(path, optimize=True, quality=92)
 
 
 def evaluate(out: Path, args: argparse.Namespace) -> None:
