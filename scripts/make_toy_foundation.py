@@ -913,7 +913,7 @@ def evaluate(out: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", choices=[[], *STEPS], help="steps to run, in the order of the list (all)")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(STEPS)}; all without")
     parser.add_argument("--minutes", type=float, help="training time of each named training step, over all runs")
     parser.add_argument("--export-minutes", type=float, default=5.0, help="time between exports of usable weights")
     parser.add_argument("--batch", type=int, help="batch size, instead of the step's own")
@@ -932,6 +932,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=ROOT / "blipdiff_train" / "assets" / "pictures")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "toy_foundation", help="pool and checkpoints")
     args = parser.parse_args()
+    if unknown := set(args.steps) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     args.minutes_of = lambda step: DEFAULT_MINUTES[step] if args.minutes is None else args.minutes
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
