@@ -1,6 +1,6 @@
 """How fast the loader is, as ratios from one run on one core.
 
-    python scripts/bench_data.py [--samples 256] [--rounds 5] [--height 512] [--foreground]
+    python scripts/bench_data.py [--photographs FOLDER] [--samples 128] [--rounds 5] [--height 512] [--foreground]
 
 (a) Stage-2 samples (read, decode, crop, composite on a random background at 512, resize to 224, normalise, collate)
     against Pillow merely decoding the JPEGs and PNGs of the same samples from memory. Aim: at least 0.6.
@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from blipdiff_train.common.images import load_image
 from blipdiff_train.common.rng import numpy_generator
 from blipdiff_train.data.datamodule import ShardDataModule, init_worker
 from blipdiff_train.data.order import EpochOrder
@@ -38,13 +39,16 @@ from blipdiff_train.data.transforms import PHOTO_SUFFIXES
 
 
 def photograph(number: int, height: int, width: int) -> np.ndarray:
-    """Something that compresses like a photograph: noise of falling amplitude from coarse to fine. H W 3 uint8."""
+    """Noise with a photograph's spectrum, amplitude falling with frequency: H W 3 uint8.
+
+    At JPEG quality 90 it takes about 0.25 bytes a pixel, what the DreamBench photographs take at the same size.
+    """
     generator = numpy_generator(0, "bench.photograph", number)
     image = np.full((height, width, 3), 128.0, np.float32)
-    for octave in range(1, 8):
-        cells = generator.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
-        image += 90 / 1.8**octave * cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC)
-    image += generator.normal(size=image.shape).astype(np.float32) * 2
+    for octave in range(1, 9):
+        grey = generator.normal(size=(2**octave + 1, 2**octave + 1, 1)).astype(np.float32)
+        colour = generator.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
+        image += 40 / 1.3**octave * cv2.resize(grey + 0.3 * colour, (width, height), interpolation=cv2.INTER_CUBIC)
     return image.clip(0, 255).astype(np.uint8)
 
 
@@ -57,14 +61,28 @@ def matte(number: int, height: int, width: int) -> np.ndarray:
     return (np.clip((0.32 + 0.03 * ragged - distance) * 60 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def make_shards(folder: Path, *, num_samples: int, height: int, width: int, foreground: bool) -> None:
+def real_photographs(folder: Path, height: int) -> list[np.ndarray]:
+    """Photographs of a folder, their shorter side made ``height``."""
+    found = []
+    for path in sorted(folder.rglob("*.jpg"))[:32]:
+        image = load_image(path)
+        factor = height / min(image.size)
+        found.append(np.array(image.resize((round(image.width * factor), round(image.height * factor)))))
+    if not found:
+        raise SystemExit(f"{folder}: no *.jpg")
+    return found
+
+
+def make_shards(folder: Path, images: list[np.ndarray], *, num_samples: int, foreground: bool) -> None:
     """Annotated photographs in ``folder/train`` and backgrounds in ``folder/backgrounds``, as JPEG of quality 90."""
 
     def jpeg(image: np.ndarray) -> bytes:
         return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
-    photos = [jpeg(photograph(number, height, width)) for number in range(min(num_samples, 32))]
-    mattes = [cv2.imencode(".png", matte(n, height, width))[1].tobytes() for n in range(len(photos))]
+    photos = [jpeg(np.ascontiguousarray(image[..., ::-1])) for image in images]
+    mattes = [cv2.imencode(".png", matte(n, *image.shape[:2]))[1].tobytes() for n, image in enumerate(images)]
+    pixels = sum(image.shape[0] * image.shape[1] for image in images)
+    print(f"{len(photos)} photographs, {sum(map(len, photos)) / pixels:.2f} bytes a pixel")
     write_shards(
         (
             stage2_record(
@@ -160,17 +178,19 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--height", type=int, default=512, help="shorter side of the photographs; 4:3")
+    parser.add_argument("--height", type=int, default=512, help="shorter side of the photographs")
+    parser.add_argument("--photographs", type=Path, help="a folder of real ones; drawn ones (4:3) without it")
     parser.add_argument("--foreground", action="store_true", help="samples with estimated foreground colours (.fg.jpg)")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args(arguments)
     init_worker()  # as in a loader process
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        width = options.height * 4 // 3
-        make_shards(
-            folder, num_samples=options.samples, height=options.height, width=width, foreground=options.foreground
-        )
+        if options.photographs:
+            images = real_photographs(options.photographs, options.height)
+        else:
+            images = [photograph(number, options.height, options.height * 4 // 3) for number in range(32)]
+        make_shards(folder, images, num_samples=options.samples, foreground=options.foreground)
         results = {
             "stage-2 batches / Pillow decoding": bench_stage2(
                 folder, num_samples=options.samples, rounds=options.rounds

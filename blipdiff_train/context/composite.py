@@ -181,6 +181,7 @@ def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     if width >= image.shape[1] and height >= image.shape[0]:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     # averaging against aliasing; torch's kernel for bytes is several times as fast as OpenCV's INTER_AREA
-    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    # (the new axis first: only so does it see channels-last memory, take its fast path and answer in kind)
+    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     small = functional.interpolate(tensor, size=(height, width), mode="bilinear", antialias=True)
     return small[0].permute(1, 2, 0).numpy()

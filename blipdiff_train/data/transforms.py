@@ -228,7 +228,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing: H W 3 uint8 to ``height width 3`` uint8."""
     if image.shape[:2] == (height, width):
         return image
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels last: the fast path
+    # the new axis first: only so does torch see channels-last memory, take its fast path and answer in kind
+    tensor = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
