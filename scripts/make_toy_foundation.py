@@ -51,7 +51,7 @@ MAX_TEXT_TOKENS = 48  # 16 subject embeddings and 32 text tokens
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STEPS = ("pool", "tokenizers", "clip", "vae", "latents", "unet", "evaluate")
-DEFAULT_MINUTES = {"clip": 60.0, "vae": 40.0, "unet": 25.0}  # on one busy CPU core each
+DEFAULT_MINUTES = {"clip": 60.0, "vae": 40.0, "unet": 40.0}  # on one busy CPU core each
 
 CATEGORY_INDEX = {name: i for i, name in enumerate(toybox.CATEGORIES)}
 COLOUR_INDEX = {name: i for i, name in enumerate(toybox.COLOURS)}
