@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -261,7 +262,7 @@ class ShardDataModule(LightningDataModule):
         options = {}
         if self.num_workers:
             options = {"prefetch_factor": self.prefetch_factor, "persistent_workers": persistent}
-            options["worker_init_fn"] = init_worker
+            options["worker_init_fn"] = start_worker
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -317,7 +318,17 @@ def _report_background(faults: FaultMonitor, error: SampleError, shard: str, key
     faults.report(cause=f"background: {error.cause}", message=str(error), shard=shard, key=key)
 
 
-def init_worker(number: int = 0) -> None:
+def start_worker(number: int) -> None:
+    """Schedulers send their warning to every process of a job; loaders pay no heed.
+
+    The trainer answers it by finishing the step and saving, for which it needs them. They end with it.
+    """
+    for warning in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(warning, signal.SIG_IGN)
+    init_worker()
+
+
+def init_worker() -> None:
     """One of many processes that decode images: no threads of its own, and memory that is kept for reuse."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
