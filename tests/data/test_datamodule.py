@@ -248,7 +248,8 @@ def _rank(rank, world_size, shards, backgrounds, folder, port):
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    data = module(shards, backgrounds=backgrounds, micro_batch_size=2, num_workers=1)
+    # without workers: a spawned process spawns its workers too, and each would import everything once more
+    data = module(shards, backgrounds=backgrounds, micro_batch_size=2)
     torch.save(by_position(data.train_dataloader()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
