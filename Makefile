@@ -27,13 +27,13 @@ demo: $(STAMP) ## train both stages on the embedded toy world: pictures and a ta
 
 test: $(STAMP) ## run all tests (about 15 minutes on 2 cores)
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test-fast: $(STAMP) ## run the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow'
 
 lint: $(STAMP) ## check the style
 	$(BIN)/python -m ruff check .
 
-clean: ## remove what runs leave behind, never the environment
-	rm -rf demo outputs multirun build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## remove caches and build products; trained runs and the environment stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
