@@ -103,7 +103,10 @@ def run_alone(body: str, *, needs: int) -> tuple[float, int]:
         + ("\nprint('RESULT', float(loss), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
     )
     repository = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), str(repository / "tests")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(repository), str(repository / "tests")]),
+        "OMP_NUM_THREADS": str(os.cpu_count()),  # alone in its process, unlike the other tests
+    }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     _, loss, peak = done.stdout.strip().splitlines()[-1].split()
@@ -142,6 +145,7 @@ optimizer.step()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_one_step_of_stage_1_at_full_size():
     """Batch 2, 224 px, fp32, AdamW: well within 24 GiB."""
     loss, peak = run_alone(STAGE_1, needs=8 * GIB)
@@ -190,6 +194,7 @@ assert module.parts.qformer.query_tokens.grad.abs().sum() > 0
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_forward_and_backward_of_stage_2_at_full_size():
     """One sample of 512 px (as latents), fp32, gradients of everything that trains."""
     loss, peak = run_alone(STAGE_2, needs=14 * GIB)

@@ -295,7 +295,7 @@ class ProgressLine(Callback):
         self._bar: tqdm | None = None
         self._last_line = self._start = 0.0
         self._first_step = 0
-        self._loss = float("nan")
+        self._words = "…"  # until the first logged step
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._last_line = time.monotonic()
@@ -321,16 +321,16 @@ class ProgressLine(Callback):
             return
         step = trainer.global_step
         if self.step_log.is_due(trainer, step) and "train/loss" in trainer.callback_metrics:
-            self._loss = float(trainer.callback_metrics["train/loss"])
-        words = f"loss {self._loss:.4g}  {self.step_log.speed:.1f} samples/s  data wait {self.step_log.wait_share:.0%}"
+            loss, log = float(trainer.callback_metrics["train/loss"]), self.step_log
+            self._words = f"loss {loss:.4g}  {log.speed:.1f} samples/s  data wait {log.wait_share:.0%}"
         if self._bar is not None:
-            self._bar.postfix[0] = words
+            self._bar.postfix[0] = self._words
             self._bar.update(1)
         elif time.monotonic() - self._last_line >= self.seconds or step == trainer.max_steps:
             self._last_line = time.monotonic()
             per_step = (self._last_line - self._start) / max(1, step - self._first_step)
             left = per_step * (trainer.max_steps - step)
-            self._print(f"{self.title}: step {step}/{trainer.max_steps}  {words}  {_clock(left)} left")
+            self._print(f"{self.title}: step {step}/{trainer.max_steps}  {self._words}  {_clock(left)} left")
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
