@@ -58,7 +58,7 @@ def plain_step(module: Stage1Module, image_embeds: Tensor, ids: Tensor, mask: Te
     )
     logits = heads.match_logits(itm_output)
     labels = torch.arange(3 * num_rows).lt(num_rows).long()
-    itg_logits = qformer.lm_logits(qformer.caption_pass(ids, mask, cache))
+    itg_logits = qformer.lm_logits(qformer.caption_pass(ids, mask, cache, pad_outputs=True))
     return {
         "itc": itc_loss(*sims, positives, label_smoothing=0.1),
         "itm": itm_loss(logits, labels, torch.ones(3 * num_rows, dtype=torch.bool)).loss,

@@ -24,7 +24,8 @@ Deliberate differences from LAVIS, none of which changes a number (the parity te
   that needs them. LAVIS computes them anew in the matching pass, three times over: P ≫ Q makes that its main cost.
 * Masks are boolean and go to ``scaled_dot_product_attention``; LAVIS adds −10000, which a softmax rounds to zero.
 * Text may be padded to the longest of the batch: pads are masked as keys and never read as outputs.
-* In the last layer only the positions that a caller reads are computed.
+* In the last layer only the positions that a caller reads are computed, and where no caller reads pads the text's
+  feed-forwards run on real tokens only (captions are unequal: about a third of a padded batch is pads).
 * Queries and text are two tensors that meet in self-attention only, so nothing is cut and joined at the feed-forwards.
 * The [DEC] token is the vocabulary's last row, by definition here and by ``add_special_tokens`` there.
 * ``ln_vision`` lives here, not beside the image tower: it is trained with the Q-Former and in no other way.
@@ -228,6 +229,7 @@ class Layer(nn.Module):
         image_blocks: Sequence[KeyValue],
         past: KeyValue | None,
         num_text_outputs: int | None,
+        real_tokens: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
         """One layer over ``queries`` (R, Q, D) and ``text`` (R, L, D), either of which may be absent.
 
@@ -236,6 +238,8 @@ class Layer(nn.Module):
             image_blocks: cross-attention keys and values, blocks of rows; empty without an image.
             past: keys and values to put before this pass's own.
             num_text_outputs: how many text positions the caller will read; None for all.
+            real_tokens: indices into R · L of the tokens that are no pads; pads then skip the feed-forward, which is
+                of no consequence where they are masked as keys. None computes all.
 
         Returns:
             queries, text and the self-attention keys and values of this pass (without ``past``).
@@ -253,8 +257,12 @@ class Layer(nn.Module):
             if self.crossattention is not None and image_blocks:
                 queries = self.crossattention(queries, image_blocks)
             queries = self.output_query(self.intermediate_query(queries), queries)
-        if text.shape[1]:
+        if text.shape[1] and (real_tokens is None or num_text_outputs is not None):
             text = self.output(self.intermediate(text), text)
+        elif text.shape[1]:
+            every = text.flatten(0, 1)
+            real = every.index_select(0, real_tokens)
+            text = every.index_copy(0, real_tokens, self.output(self.intermediate(real), real)).view_as(text)
         return (queries if num_queries else None), (text if text.shape[1] else None), own
 
 
@@ -273,6 +281,7 @@ class Encoder(nn.Module):
         contexts: Sequence[ImageContext] = (),
         past: Sequence[KeyValue] | None = None,
         num_text_outputs: int | None = None,
+        real_tokens: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, tuple[KeyValue, ...]]:
         """All layers; see :meth:`Layer.forward`. ``num_text_outputs`` holds for the last layer."""
         cache = []
@@ -286,6 +295,7 @@ class Encoder(nn.Module):
                 blocks,
                 None if past is None else past[index],
                 num_text_outputs if index == last else None,
+                real_tokens,
             )
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 queries, text, own = checkpoint(layer, *arguments, use_reentrant=False)
@@ -361,8 +371,13 @@ class QFormer(nn.Module):
 
     def text_pass(self, input_ids: Tensor, attention_mask: Tensor, *, num_outputs: int | None = None) -> Tensor:
         """Text alone, both ways: (R, L, D), or the first ``num_outputs`` positions (1: the [CLS] position)."""
-        text = self.embeddings.embed_text(input_ids)
-        _, text, _ = self.encoder(None, text, mask=_key_mask(attention_mask), num_text_outputs=num_outputs)
+        _, text, _ = self.encoder(
+            None,
+            self.embeddings.embed_text(input_ids),
+            mask=_key_mask(attention_mask),
+            num_text_outputs=num_outputs,
+            real_tokens=None if num_outputs is None else _real_tokens(attention_mask),
+        )
         return text
 
     def multimodal_pass(
@@ -388,13 +403,17 @@ class QFormer(nn.Module):
             mask=_key_mask(attention_mask, num_before=self.config.num_query_tokens),
             contexts=contexts,
             num_text_outputs=None if text_output else 0,
+            real_tokens=None if text_output else _real_tokens(attention_mask),
         )
         return queries, text
 
-    def caption_pass(self, input_ids: Tensor, attention_mask: Tensor, cache: Sequence[KeyValue]) -> Tensor:
+    def caption_pass(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: Sequence[KeyValue], *, pad_outputs: bool = False
+    ) -> Tensor:
         """Text that sees all queries of ``cache`` and its own past: (B, L, D), with [DEC] in place of [CLS].
 
-        The cache is :meth:`image_pass`'s and not detached: captioning trains queries and cross-attention through it.
+        Pads come out unfinished unless ``pad_outputs``. The cache is :meth:`image_pass`'s and not detached: captioning
+        trains queries and cross-attention through it.
         """
         num_tokens = input_ids.shape[1]
         ids = torch.cat([torch.full_like(input_ids[:, :1], self.config.dec_token_id), input_ids[:, 1:]], 1)
@@ -402,7 +421,11 @@ class QFormer(nn.Module):
         mask = _key_mask(attention_mask) & past  # B 1 L L
         to_queries = mask.new_ones(()).expand(*mask.shape[:3], self.config.num_query_tokens)
         _, text, _ = self.encoder(
-            None, self.embeddings.embed_text(ids), mask=torch.cat([to_queries, mask], 3), past=cache
+            None,
+            self.embeddings.embed_text(ids),
+            mask=torch.cat([to_queries, mask], 3),
+            past=cache,
+            real_tokens=None if pad_outputs else _real_tokens(attention_mask),
         )
         return text
 
@@ -423,3 +446,9 @@ def _join(queries: Tensor | None, text: Tensor | None) -> Tensor:
 def _key_mask(attention_mask: Tensor, num_before: int = 0) -> Tensor:
     """(R, L) of ones and zeros → (R, 1, 1, num_before + L), True where a key may be read."""
     return F.pad(attention_mask.bool(), (num_before, 0), value=True)[:, None, None, :]
+
+
+def _real_tokens(attention_mask: Tensor) -> Tensor | None:
+    """Indices into the flattened (R, L) of what is no pad; None without pads."""
+    index = attention_mask.flatten().nonzero().squeeze(1)
+    return None if len(index) == attention_mask.numel() else index

@@ -129,6 +129,25 @@ def test_computing_fewer_outputs_changes_none_of_them(qformer) -> None:
     assert torch.allclose(queries, qformer.multimodal_pass(IDS, MASK, context, text_output=True)[0], atol=1e-6)
 
 
+def test_real_tokens_do_not_need_the_pads_feed_forward(qformer) -> None:
+    """Skipping it changes neither an output that is read nor a gradient."""
+    results = []
+    for everything in (True, False):
+        qformer.zero_grad()
+        context = qformer.encode_images(IMAGES)
+        _, cache = qformer.image_pass(context)
+        caption = qformer.caption_pass(IDS, MASK, cache, pad_outputs=everything)[MASK.bool()]
+        queries, _ = qformer.multimodal_pass(IDS, MASK, context, text_output=everything)
+        cls = qformer.text_pass(IDS, MASK, num_outputs=None if everything else 1)[:, 0]
+        (caption.square().sum() + queries.square().sum() + cls.square().sum()).backward()
+        results.append(((caption, queries, cls), {n: p.grad for n, p in qformer.named_parameters()}))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    for name, grad in results[0][1].items():
+        assert (grad is None) == (results[1][1][name] is None)
+        assert grad is None or torch.allclose(grad, results[1][1][name], rtol=1e-4, atol=1e-4), name
+
+
 def test_cross_attention_stands_in_every_nth_layer() -> None:
     qformer = tiny(num_hidden_layers=3, cross_attention_freq=2)
     assert [layer.crossattention is not None for layer in qformer.encoder.layer] == [True, False, True]
