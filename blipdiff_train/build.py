@@ -250,8 +250,7 @@ def parts(config: TrainConfig, say: Callable[[str], None]) -> ModelParts:
 
 
 def stage1_parts(model: ModelSettings, *, temperature: float = 0.07) -> ModelParts:
-    """A frozen CLIP tower under a Q-Former that starts random, from BERT or from an earlier model folder."""
-    from blipdiff_train.checkpoints.model_folder import load_model_folder
+    """A frozen CLIP tower under a Q-Former that starts random, from BERT or from an earlier model."""
     from blipdiff_train.checkpoints.tokenizers import load_bert_tokenizer
     from blipdiff_train.checkpoints.transformers import load_bert_into_qformer, load_clip_vision
     from blipdiff_train.models.alignment import AlignmentHeads
@@ -259,8 +258,8 @@ def stage1_parts(model: ModelSettings, *, temperature: float = 0.07) -> ModelPar
     from blipdiff_train.models.qformer import QFormer, QFormerConfig
 
     settings = model.qformer
-    if _is_model_folder(settings.init):
-        found = load_model_folder(resolve(settings.init))
+    if _is_model(settings.init):
+        found = _load_model(settings.init, model)
         heads = found.alignment_heads or AlignmentHeads(
             found.qformer.config.hidden_size, model.embed_dim, temperature
         )
@@ -298,7 +297,7 @@ def stage1_parts(model: ModelSettings, *, temperature: float = 0.07) -> ModelPar
 def stage2_parts(config: TrainConfig, say: Callable[[str], None]) -> ModelParts:
     """Stage 1's result with a fresh projection, and Stable Diffusion."""
     from blipdiff_train.checkpoints.diffusers import load_stable_diffusion
-    from blipdiff_train.checkpoints.model_folder import add_generation, load_model_folder
+    from blipdiff_train.checkpoints.model_folder import add_generation
 
     source = stage1_source(config)
     if source is None:
@@ -306,7 +305,7 @@ def stage2_parts(config: TrainConfig, say: Callable[[str], None]) -> ModelParts:
         found = stage1_parts(config.model)
     else:
         say(f"stage 2 starts from {source}")
-        found = load_model_folder(source)
+        found = _load_model(source, config.model)
     if found.denoiser is not None:
         return found  # a complete model: stage 2 goes on with all of it
     return add_generation(found, load_stable_diffusion(resolve(config.model.stable_diffusion)))
@@ -339,9 +338,29 @@ def stage1_source(config: TrainConfig) -> str | None:
     )
 
 
-def _is_model_folder(source: str) -> bool:
-    path = Path(resolve(source)) if source != "random" else Path(source)
-    return any((path / name).exists() for name in ("blipdiff_train.json", "model_index.json"))
+def _is_model(source: str) -> bool:
+    """Whether a local path is a model of ours, of diffusers or of LAVIS; a BERT folder or hub id is none."""
+    if source == "random":
+        return False
+    path = Path(resolve(source))
+    if path.is_file():
+        return True
+    return any((path / name).exists() for name in ("blipdiff_train.json", "model_index.json", "blip_model"))
+
+
+def _load_model(source: str, model: ModelSettings) -> ModelParts:
+    """A model folder, a BLIP-Diffusion folder of diffusers or LAVIS, or LAVIS's stage-1 file.
+
+    LAVIS's formats leave out tokenizers and configurations: these come from the other models that are named.
+    """
+    from blipdiff_train.checkpoints.sources import load_parts
+
+    return load_parts(
+        resolve(source),
+        bert_tokenizer=resolve(model.text_tokenizer),
+        image_encoder=resolve(model.clip),
+        stable_diffusion=resolve(model.stable_diffusion),
+    )
 
 
 def module(config: TrainConfig, parts: ModelParts) -> Stage1Module | Stage2Module:

@@ -28,7 +28,7 @@ def key(
 
 @dataclass(frozen=True)
 class QFormerSettings:
-    init: str = key("weights: random, a BERT folder or hub id, or a BLIP-Diffusion/stage-1 model folder")
+    init: str = key("weights: random, a BERT folder or hub id, a model folder, or a LAVIS folder or stage-1 .pth file")
     hidden_size: int = key("width; BERT-base has 768", low=1)
     num_hidden_layers: int = key("transformer layers", low=1)
     num_attention_heads: int = key("heads a layer; divides hidden_size", low=1)
@@ -51,7 +51,7 @@ class ModelSettings:
     stable_diffusion: str = key("stage 2: Stable Diffusion 1.x folder, hub id or embedded:…")
     stage1: str = key(
         "stage 2 starts from: auto (the stage-1 run of the same name and output folder, else the embedded one), "
-        "random, or a stage-1 model folder"
+        "random, a model folder or hub id, or a LAVIS folder or stage-1 .pth file"
     )
 
 
