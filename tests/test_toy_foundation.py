@@ -31,10 +31,6 @@ FOLDER = Path(blipdiff_train.__file__).parent / "assets" / "toy_foundation"
 LOCAL = {"local_files_only": True}
 SUBJECT_TOKENS, TEXT_TOKENS = 16, 32
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "metrics.json").exists(), reason="no toy foundation; python scripts/make_toy_foundation.py makes it"
-)
-
 
 @pytest.fixture(scope="module")
 def heldout() -> list[toybox.ToySample]:
