@@ -33,7 +33,7 @@ class CLIPSegSegmenter:
         model: local folder, or a hub id such as ``CIDAS/clipseg-rd64-refined``; a ``CLIPSegForImageSegmentation`` with
             its tokenizer and image processor.
         device: of torch.
-        batch_size: photographs a forward.
+        batch_size: photographs a forward; a last bit of an answer may depend on it.
         prompt: what is asked; ``{}`` is the category.
 
     Raises:
@@ -56,32 +56,34 @@ class CLIPSegSegmenter:
         self._text_embeds: dict[str, Any] = {}
 
     def segment(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray | Rejection]:
-        results: list[np.ndarray | Rejection] = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            results += self._segment_batch(images[part], subject_texts[part])
-        return results
+        squares = [to_square(image, self.size_px) for image in images]
+        answers = self.probabilities(squares, subject_texts)
+        return [to_photograph(answer, image) for answer, image in zip(answers, images, strict=True)]
 
-    def _segment_batch(self, images: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray]:
+    def probabilities(self, squares: Sequence[np.ndarray], subject_texts: Sequence[str]) -> list[np.ndarray]:
+        """The model's answers (s s float32 in [0, 1]) to squares from :func:`to_square`, ``batch_size`` at a time.
+
+        Every forward has exactly ``batch_size`` rows: matrix products of other heights add up in another order, and a
+        photograph's matte must not depend on which photographs were asked about with it, or when.
+        """
         import torch
 
-        pixels = np.stack([self._pixels(image) for image in images])  # B S S 3
-        with torch.inference_mode():
-            logits = self.model(
-                pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device),
-                conditional_embeddings=torch.cat([self._embed(text) for text in subject_texts]),
-            ).logits
+        answers: list[np.ndarray] = []
+        for start in range(0, len(squares), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            num_rows = len(squares[part])
+            pixels = np.zeros((self.batch_size, self.size_px, self.size_px, 3), np.float32)
+            pixels[:num_rows] = (np.stack(squares[part]).astype(np.float32) / 255 - self.mean) / self.std
+            embeds = [self._embed(text) for text in subject_texts[part]]
+            with torch.inference_mode():
+                logits = self.model(
+                    pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(self.device),
+                    conditional_embeddings=torch.cat(embeds + embeds[:1] * (self.batch_size - num_rows)),
+                ).logits
             # some versions drop the batch axis of a single image
-            probability = logits.reshape(len(images), *logits.shape[-2:]).sigmoid().float().cpu().numpy()
-        return [
-            np.clip(cv2.resize(row, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR), 0, 1)
-            for row, image in zip(probability, images, strict=True)
-        ]
-
-    def _pixels(self, image: np.ndarray) -> np.ndarray:
-        # CLIPSeg's own processor squeezes the whole photograph into a square, so the answer covers all of it
-        square = Image.fromarray(image).resize((self.size_px, self.size_px), Image.Resampling.BILINEAR)
-        return (np.asarray(square, np.float32) / 255 - self.mean) / self.std
+            rows = logits.reshape(self.batch_size, *logits.shape[-2:]).sigmoid().float().cpu().numpy()
+            answers += list(rows[:num_rows])
+        return answers
 
     def _embed(self, subject_text: str) -> Any:
         """Text embedding 1 E, one forward a category."""
@@ -192,6 +194,16 @@ class AlphaSegmenter:
 
     def describe(self) -> dict[str, Any]:
         return {"name": "alpha"}
+
+
+def to_square(image: np.ndarray, size_px: int) -> np.ndarray:
+    """What CLIPSeg looks at (S S 3 uint8): its own processor squeezes the whole photograph into a square too."""
+    return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BILINEAR))
+
+
+def to_photograph(answer: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """CLIPSeg's answer (s s float32) at the photograph's size (H W float32 in [0, 1])."""
+    return np.clip(cv2.resize(answer, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR), 0, 1)
 
 
 def initial_mask(small: np.ndarray) -> np.ndarray:

@@ -145,21 +145,26 @@ def _from_tar(tar: Path) -> list[Record]:
             photograph = next((members[end[1:]] for end in PHOTOGRAPHS if end[1:] in members), None)
             if photograph is None:
                 continue
-            facts = _json_object(read(members["json"])) if "json" in members else {}
-            text = (
-                read(members["txt"]).decode("utf-8", "replace") if "txt" in members else _first(facts, CAPTION_COLUMNS)
-            )
+            facts = json_object(read(members["json"])) if "json" in members else {}
+            text = read(members["txt"]) if "txt" in members else None
+            caption, subject_text = tar_texts(facts, text)
             records.append(
                 Record(
                     name=f"{tar.name}/{index.key(number)}.{photograph.suffix}",
                     file=str(tar),
                     offset=photograph.offset,
                     size=photograph.size,
-                    caption=_clean(text),
-                    subject_text=_clean(_first(facts, CATEGORY_COLUMNS)),
+                    caption=caption,
+                    subject_text=subject_text,
                 )
             )
     return records
+
+
+def tar_texts(facts: Mapping[str, Any], text: bytes | None) -> tuple[str | None, str | None]:
+    """Caption and category of a tar's sample, from its JSON's object and its .txt; None where there is none."""
+    caption = text.decode("utf-8", "replace") if text is not None else _first(facts, CAPTION_COLUMNS)
+    return _clean(caption), _clean(_first(facts, CATEGORY_COLUMNS))
 
 
 def _from_table(table: Path, categories: str | None) -> list[Record]:
@@ -262,7 +267,8 @@ def _first(row: Mapping[str, Any], names: tuple[str | None, ...]) -> str | None:
     return next((str(row[name]) for name in names if name in row and row[name] not in (None, "")), None)
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object that ``data`` holds; an empty one where it holds none."""
     try:
         value = json.loads(data)
     except ValueError:

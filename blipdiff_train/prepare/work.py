@@ -22,7 +22,7 @@ from blipdiff_train.common.files import sha256_file, write_json
 from blipdiff_train.common.images import ImageError, decode_image, load_image
 from blipdiff_train.context.generator import AnnotatedSample, ContextGenerator
 from blipdiff_train.context.rejection import Rejection
-from blipdiff_train.context.segmentation import AlphaSegmenter, CLIPSegSegmenter, GrabCutSegmenter
+from blipdiff_train.context.segmentation import AlphaSegmenter, CLIPSegSegmenter, GrabCutSegmenter, Segmenter
 from blipdiff_train.context.trimap import unknown_share
 from blipdiff_train.data.shards import write_shards
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
@@ -62,10 +62,11 @@ def limit_threads() -> None:
 class Worker:
     """Everything a process needs for its units, built once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, segmenter: Segmenter | None = None) -> None:
+        """Args: segmenter: instead of the one that the settings name, e.g. one that asks another process."""
         limit_threads()
         self.settings = settings
-        self.generator = make_generator(settings) if settings.kind == "subjects" else None
+        self.generator = make_generator(settings, segmenter) if settings.kind == "subjects" else None
         self.provenance = self.generator.describe() if self.generator else {}
 
     def run(self, unit: Unit) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Worker:
         rejected: list[dict[str, Any]] = []
         kept: list[dict[str, Any]] = []
         written = write_shards(
-            self._samples(unit, rejected, kept, seconds), scratch, samples_per_shard=max(1, len(unit.records))
+            self.samples(unit, rejected, kept, seconds), scratch, samples_per_shard=max(1, len(unit.records))
         )
         account: dict[str, Any] = {
             "unit": unit.index,
@@ -97,10 +98,10 @@ class Worker:
         write_json(account_path(output, unit.index), account)
         return account
 
-    def _samples(
+    def samples(
         self, unit: Unit, rejected: list[dict[str, Any]], kept: list[dict[str, Any]], seconds: Counter[str]
     ) -> Iterator[dict[str, Any]]:
-        """The unit's samples in order; a batch of photographs is in memory at a time."""
+        """The unit's samples in order; a batch of photographs is in memory at a time. The other three are added to."""
         size = self.settings.segmenter.batch_size
         for start in range(0, len(unit.records), size):
             batch: list[Photograph] = []
@@ -193,19 +194,9 @@ class Worker:
         return sample | {"json": facts}
 
 
-def make_generator(settings: Settings) -> ContextGenerator:
-    """The generator that the settings describe."""
-    segmenter = {
-        "grabcut": GrabCutSegmenter,
-        "alpha": AlphaSegmenter,
-        "clipseg": lambda: CLIPSegSegmenter(
-            settings.segmenter.model, device=settings.device, batch_size=settings.segmenter.batch_size
-        ),
-    }[settings.segmenter.name]()
-    if settings.segmenter.name == "clipseg":
-        import torch
-
-        torch.set_num_threads(1)
+def make_generator(settings: Settings, segmenter: Segmenter | None = None) -> ContextGenerator:
+    """The generator that the settings describe, around ``segmenter`` if one is given."""
+    segmenter = segmenter or make_segmenter(settings)
     return ContextGenerator(
         segmenter,
         foreground_threshold=settings.trimap.foreground_threshold,
@@ -215,6 +206,16 @@ def make_generator(settings: Settings) -> ContextGenerator:
         foreground_colours=settings.matting.foreground_colours,
         max_unknown_share=settings.filters.unknown_share,
     )
+
+
+def make_segmenter(settings: Settings) -> Segmenter:
+    """The segmenter that the settings name, on their device."""
+    if settings.segmenter.name != "clipseg":
+        return {"grabcut": GrabCutSegmenter, "alpha": AlphaSegmenter}[settings.segmenter.name]()
+    import torch
+
+    torch.set_num_threads(1)
+    return CLIPSegSegmenter(settings.segmenter.model, device=settings.device, batch_size=settings.segmenter.batch_size)
 
 
 def read_photograph(data: bytes, record: Record, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:
