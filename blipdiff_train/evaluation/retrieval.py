@@ -83,7 +83,7 @@ def embed_pairs(
                 max_length=max_text_len,
                 return_tensors="pt",
             ).to(device)
-            text_cls = qformer.text_pass(tokens.input_ids, tokens.attention_mask, num_outputs=1)[:, 0]
+            text_cls = qformer.text_pass(tokens.input_ids, tokens.attention_mask, cls_only=True)[:, 0]
             texts.append(
                 (heads.text_feats(text_cls), tokens.input_ids, tokens.attention_mask, batch.image_id.to(device))
             )

@@ -2,21 +2,23 @@
 
 Source: BLIP-2 (arXiv 2301.12597) §3.1; salesforce/LAVIS ``lavis/models/blip2_models/blip2_qformer.py``
 (``Blip2Qformer.forward``, the LM part) and ``Qformer.py`` (``BertLMHeadModel.forward``).
-Letters: B batch, L text tokens, V vocabulary.
+Letters: B batch, L text tokens, V vocabulary, N tokens that are predicted.
 
-Differences from LAVIS: none in the numbers. Targets are told from pads by the mask, not by the pad's id.
+Deliberate differences from LAVIS, none of which changes a number:
+
+* Targets are told from pads by the mask, not by the pad's id.
+* Only positions that predict a token are scored; LAVIS scores all and ignores pads in the mean.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blipdiff_train.common.shapes import check_shape
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,24 @@ class CaptioningResult:
     num_tokens: Tensor
 
 
-def itg_loss(logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, label_smoothing: float) -> CaptioningResult:
+def predicting_positions(attention_mask: Tensor) -> Tensor:
+    """(B, L), zero at pads → (B, L − 1) bool: position i predicts token i + 1, unless that is a pad.
+
+    ``text_output[:, :-1][positions]`` are the states to score, ``input_ids[:, 1:][positions]`` their targets (N,):
+    [SEP] is a target, the first token is none, so [CLS] and [DEC] are alike here.
+    """
+    return attention_mask[:, 1:].bool()
+
+
+def itg_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float) -> CaptioningResult:
     """Cross-entropy of each token given those before it, the mean over all tokens of the batch that are no pads.
 
     Args:
-        logits: (B, L or L − 1, V); position i predicts token i + 1. [SEP] is a target, the first token is none.
-        input_ids: (B, L); the first column is not read, so [CLS] and [DEC] are alike here.
-        attention_mask: (B, L), zero at pads.
+        logits: (N, V), any floating dtype.
+        targets: (N,) token ids of :func:`predicting_positions`.
         label_smoothing: over the whole vocabulary.
     """
-    sizes = check_shape(input_ids, "B L", name="input_ids")
-    logits = logits[:, : sizes["L"] - 1].float()
-    check_shape(logits, "B T V", name="logits", B=sizes["B"], T=sizes["L"] - 1)
-    targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, IGNORED)
-    loss = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing
-    )
-    counted = targets != IGNORED
-    right = (logits.detach().argmax(-1) == targets) & counted
-    num_tokens = counted.sum()
-    return CaptioningResult(loss, right.sum() / num_tokens.clamp(min=1), num_tokens)
+    check_shape(logits, "N V", name="logits", N=len(targets))
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    right = logits.detach().argmax(-1) == targets
+    return CaptioningResult(loss, right.float().mean(), torch.tensor(len(targets), device=targets.device))

@@ -24,9 +24,10 @@ Deliberate differences from LAVIS, none of which changes a number (the parity te
   that needs them. LAVIS computes them anew in the matching pass, three times over: P ≫ Q makes that its main cost.
 * Masks are boolean and go to ``scaled_dot_product_attention``; LAVIS adds −10000, which a softmax rounds to zero.
 * Text may be padded to the longest of the batch: pads are masked as keys and never read as outputs.
-* In the last layer only the positions that a caller reads are computed, and where no caller reads pads the text's
-  feed-forwards run on real tokens only (captions are unequal: about a third of a padded batch is pads).
-* Queries and text are two tensors that meet in self-attention only, so nothing is cut and joined at the feed-forwards.
+* Pads are not computed (captions are unequal: about a third of a padded batch is pads), except in attention itself,
+  nor what no caller reads of the last layer. ``pad_outputs=True`` computes them, for those who compare with LAVIS.
+* The scale and shift of ``ln_vision`` are multiplied into the key and value weights, so that the gradient of the image
+  features, which are frozen, is never formed: the same function, and a third less work for keys and values.
 * The [DEC] token is the vocabulary's last row, by definition here and by ``add_special_tokens`` there.
 * ``ln_vision`` lives here, not beside the image tower: it is trained with the Q-Former and in no other way.
 """
@@ -103,12 +104,57 @@ class ImageContext:
         )
 
 
-class Fp32LayerNorm(nn.LayerNorm):
-    """Layer norm computed in fp32 whatever goes in; the result has the parameters' dtype, so the next matmul agrees."""
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a pass stand. Attention works on R rows of N positions, all else on a list of T tokens.
 
-    def forward(self, states: Tensor) -> Tensor:
-        normed = F.layer_norm(states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+    The list begins with the queries of all rows and goes on with the text of all rows, mostly without its pads.
+    """
+
+    num_rows: int
+    num_positions: int  # N: queries and text, pads included
+    num_queries: int = 0  # Q: the first positions of a row, and the first R · Q tokens of the list
+    place: Tensor | None = None  # (T,): each token's index into R · N; None where it is its index in the list
+
+    def to_rows(self, tokens: Tensor) -> Tensor:
+        """(T, D) → (R, N, D), zeros at pads."""
+        if self.place is not None:
+            empty = tokens.new_zeros(self.num_rows * self.num_positions, tokens.shape[1])
+            tokens = empty.index_copy(0, self.place, tokens)
+        return tokens.unflatten(0, (self.num_rows, self.num_positions))
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """(R, N, D) → (T, D)."""
+        tokens = rows.flatten(0, 1)
+        return tokens if self.place is None else tokens.index_select(0, self.place)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The tokens that a caller reads of the last layer, in rows of their own; the others are not computed there."""
+
+    index: Tensor  # into the list of tokens
+    layout: Layout
+
+
+class ImageNorm(nn.LayerNorm):
+    """Layer norm of image features, computed in fp32 whatever goes in; the result has the parameters' dtype."""
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        normed = F.layer_norm(
+            image_embeds.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
         return normed.to(self.weight.dtype)
+
+    def standardize(self, image_embeds: Tensor) -> Tensor:
+        """Mean 0 and variance 1, without this norm's scale and shift; no parameter has a part in it."""
+        return F.layer_norm(image_embeds.float(), self.normalized_shape, eps=self.eps).to(self.weight.dtype)
+
+    def then(self, linear: nn.Linear, standardized: Tensor) -> Tensor:
+        """``linear(self(x))`` from ``standardize(x)``: scale and shift act on the weights, which are few."""
+        with torch.autocast(standardized.device.type, enabled=False):
+            weight, bias = linear.weight * self.weight, linear.weight @ self.bias + linear.bias
+        return F.linear(standardized, weight, bias)
 
 
 class Embeddings(nn.Module):
@@ -121,15 +167,21 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def embed_text(self, input_ids: Tensor) -> Tensor:
-        """(R, L) → (R, L, D). Positions start at 0 whether or not queries precede the text."""
-        if input_ids.shape[1] > self.position_embeddings.num_embeddings:
+    def embed_text(self, input_ids: Tensor, place: Tensor | None) -> Tensor:
+        """(R, L) ids → (T, D) for the tokens at ``place`` in R · L, or for all R · L of them.
+
+        Positions start at 0 whether or not queries precede the text.
+        """
+        num_rows, length = input_ids.shape
+        if length > self.position_embeddings.num_embeddings:
             raise ValueError(
-                f"text has {input_ids.shape[1]} tokens, the Q-Former has "
+                f"text has {length} tokens, the Q-Former has "
                 f"{self.position_embeddings.num_embeddings} position embeddings; lower max_text_len"
             )
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]
-        return self.norm(self.word_embeddings(input_ids) + positions)
+        positions, ids = torch.arange(length, device=input_ids.device).repeat(num_rows), input_ids.flatten()
+        if place is not None:
+            positions, ids = positions[place], ids[place]
+        return self.norm(self.word_embeddings(ids) + self.position_embeddings(positions))
 
     def norm(self, states: Tensor) -> Tensor:
         """Queries come here as they are: they have no position embedding."""
@@ -180,19 +232,31 @@ class Attention(nn.Module):
         self.attention = Projections(config.hidden_size, key_size, config.hidden_size)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def keys_values(self, states: Tensor) -> KeyValue:
-        """(R, N, ·) → keys and values, each (R, H, N, d)."""
-        return self._heads(self.attention.key(states)), self._heads(self.attention.value(states))
+    def keys_values(self, tokens: Tensor, layout: Layout) -> KeyValue:
+        """(T, D) → keys and values of the rows, each (R, H, N, d)."""
+        return (
+            self._heads(layout.to_rows(self.attention.key(tokens))),
+            self._heads(layout.to_rows(self.attention.value(tokens))),
+        )
 
-    def forward(self, states: Tensor, blocks: Sequence[KeyValue], mask: Tensor | None = None) -> Tensor:
-        """Attend from ``states`` (R, N, D) to ``blocks``; returns (R, N, D).
+    def image_keys_values(self, standardized: Tensor, norm: ImageNorm) -> KeyValue:
+        """Keys and values, each (B, H, P, d), of ``norm``'s output, from its ``standardize``'s (B, P, D_image)."""
+        return (
+            self._heads(norm.then(self.attention.key, standardized)),
+            self._heads(norm.then(self.attention.value, standardized)),
+        )
+
+    def forward(
+        self, tokens: Tensor, layout: Layout, blocks: Sequence[KeyValue], mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend from ``tokens`` (T, D) to ``blocks``; returns (T, D).
 
         Args:
             blocks: keys and values of consecutive blocks of rows. One block of R rows is the ordinary case; several
                 let rows read the same keys and values without a copy of them.
             mask: (R, 1, 1 or N, M), True where attention is allowed; for a single block only.
         """
-        queries = self._heads(self.attention.query(states))
+        queries = self._heads(layout.to_rows(self.attention.query(tokens)))
         dropout = self.dropout if self.training else 0.0
         rows = torch.split(queries, [key.shape[0] for key, _ in blocks])
         attended = [
@@ -200,7 +264,7 @@ class Attention(nn.Module):
             for row, (key, value) in zip(rows, blocks, strict=True)
         ]
         joined = attended[0] if len(attended) == 1 else torch.cat(attended)
-        return self.output(joined.transpose(1, 2).flatten(2), states)
+        return self.output(layout.to_tokens(joined.transpose(1, 2).flatten(2)), tokens)
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # R H N d
@@ -223,47 +287,41 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        queries: Tensor | None,
-        text: Tensor | None,
+        tokens: Tensor,
+        layout: Layout,
         mask: Tensor | None,
         image_blocks: Sequence[KeyValue],
         past: KeyValue | None,
-        num_text_outputs: int | None,
-        real_tokens: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
-        """One layer over ``queries`` (R, Q, D) and ``text`` (R, L, D), either of which may be absent.
+        outputs: Outputs | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """One layer over ``tokens`` (T, D), the queries first.
 
         Args:
-            mask: (R, 1, 1 or L, keys), True where attention is allowed; keys are past, queries, text.
+            mask: (R, 1, 1 or N, keys), True where attention is allowed; keys are past, queries, text.
             image_blocks: cross-attention keys and values, blocks of rows; empty without an image.
             past: keys and values to put before this pass's own.
-            num_text_outputs: how many text positions the caller will read; None for all.
-            real_tokens: indices into R · L of the tokens that are no pads; pads then skip the feed-forward, which is
-                of no consequence where they are masked as keys. None computes all.
+            outputs: which tokens to compute; None for all.
 
         Returns:
-            queries, text and the self-attention keys and values of this pass (without ``past``).
+            the tokens, and the self-attention keys and values of this pass (without ``past``).
         """
-        states = _join(queries, text)
-        own = self.attention.keys_values(states)
+        own = self.attention.keys_values(tokens, layout)
         seen = own if past is None else (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
-        num_queries = 0 if queries is None else queries.shape[1]
-        if num_text_outputs is not None:
-            states = states[:, : num_queries + num_text_outputs]
-        states = self.attention(states, [seen], mask)
+        if outputs is not None:
+            tokens, layout = tokens.index_select(0, outputs.index), outputs.layout
+        tokens = self.attention(tokens, layout, [seen], mask)
 
-        queries, text = states[:, :num_queries], states[:, num_queries:]
-        if num_queries:
+        num_query_tokens = layout.num_rows * layout.num_queries
+        queries, text = tokens[:num_query_tokens], tokens[num_query_tokens:]
+        parts = []
+        if len(queries):
             if self.crossattention is not None and image_blocks:
-                queries = self.crossattention(queries, image_blocks)
-            queries = self.output_query(self.intermediate_query(queries), queries)
-        if text.shape[1] and (real_tokens is None or num_text_outputs is not None):
-            text = self.output(self.intermediate(text), text)
-        elif text.shape[1]:
-            every = text.flatten(0, 1)
-            real = every.index_select(0, real_tokens)
-            text = every.index_copy(0, real_tokens, self.output(self.intermediate(real), real)).view_as(text)
-        return (queries if num_queries else None), (text if text.shape[1] else None), own
+                rows = Layout(layout.num_rows, layout.num_queries)
+                queries = self.crossattention(queries, rows, image_blocks)
+            parts.append(self.output_query(self.intermediate_query(queries), queries))
+        if len(text):
+            parts.append(self.output(self.intermediate(text), text))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)), own
 
 
 class Encoder(nn.Module):
@@ -274,35 +332,33 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        queries: Tensor | None,
-        text: Tensor | None,
+        tokens: Tensor,
+        layout: Layout,
         *,
         mask: Tensor | None = None,
         contexts: Sequence[ImageContext] = (),
         past: Sequence[KeyValue] | None = None,
-        num_text_outputs: int | None = None,
-        real_tokens: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, tuple[KeyValue, ...]]:
-        """All layers; see :meth:`Layer.forward`. ``num_text_outputs`` holds for the last layer."""
+        outputs: Outputs | None = None,
+    ) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """All layers; see :meth:`Layer.forward`. ``outputs`` holds for the last layer."""
         cache = []
         last = len(self.layer) - 1
         for index, layer in enumerate(self.layer):
             blocks = [context.keys_values[index] for context in contexts if context.keys_values[index] is not None]
             arguments = (
-                queries,
-                text,
+                tokens,
+                layout,
                 mask,
                 blocks,
                 None if past is None else past[index],
-                num_text_outputs if index == last else None,
-                real_tokens,
+                outputs if index == last else None,
             )
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                queries, text, own = checkpoint(layer, *arguments, use_reentrant=False)
+                tokens, own = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                queries, text, own = layer(*arguments)
+                tokens, own = layer(*arguments)
             cache.append(own)
-        return queries, text, tuple(cache)
+        return tokens, tuple(cache)
 
 
 class LanguageModelHead(nn.Module):
@@ -326,7 +382,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
-        self.ln_vision = Fp32LayerNorm(config.image_width, eps=1e-5)
+        self.ln_vision = ImageNorm(config.image_width, eps=1e-5)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.lm_head = LanguageModelHead(config)
@@ -356,32 +412,37 @@ class QFormer(nn.Module):
     def encode_images(self, image_embeds: Tensor) -> ImageContext:
         """Keys and values of every cross-attention layer for the frozen tower's ``image_embeds`` (B, P, D_image)."""
         check_shape(image_embeds, "B P W", name="image_embeds", W=self.config.image_width)
-        normed = self.ln_vision(image_embeds)
+        standardized = self.ln_vision.standardize(image_embeds)
         return ImageContext(
             tuple(
-                None if layer.crossattention is None else layer.crossattention.keys_values(normed)
+                layer.crossattention and layer.crossattention.image_keys_values(standardized, self.ln_vision)
                 for layer in self.encoder.layer
             )
         )
 
     def image_pass(self, context: ImageContext) -> tuple[Tensor, tuple[KeyValue, ...]]:
         """Queries alone: query_output (B, Q, D), and the self-attention cache that :meth:`caption_pass` reads."""
-        queries, _, cache = self.encoder(self._queries(len(context)), None, contexts=[context])
-        return queries, cache
+        layout = Layout(len(context), self.config.num_query_tokens, self.config.num_query_tokens)
+        tokens, cache = self.encoder(self._queries(len(context)), layout, contexts=[context])
+        return layout.to_rows(tokens), cache
 
-    def text_pass(self, input_ids: Tensor, attention_mask: Tensor, *, num_outputs: int | None = None) -> Tensor:
-        """Text alone, both ways: (R, L, D), or the first ``num_outputs`` positions (1: the [CLS] position)."""
-        _, text, _ = self.encoder(
-            None,
-            self.embeddings.embed_text(input_ids),
-            mask=_key_mask(attention_mask),
-            num_text_outputs=num_outputs,
-            real_tokens=None if num_outputs is None else _real_tokens(attention_mask),
-        )
-        return text
+    def text_pass(
+        self, input_ids: Tensor, attention_mask: Tensor, *, cls_only: bool = False, pad_outputs: bool = False
+    ) -> Tensor:
+        """Text alone, both ways: (R, L, D), pads zero unless ``pad_outputs``; or the [CLS] position, (R, 1, D)."""
+        layout = _text_layout(attention_mask, pad_outputs)
+        tokens = self.embeddings.embed_text(input_ids, layout.place)
+        outputs = Outputs(_first_tokens(layout, tokens.device), Layout(layout.num_rows, 1)) if cls_only else None
+        tokens, _ = self.encoder(tokens, layout, mask=_key_mask(attention_mask), outputs=outputs)
+        return (layout if outputs is None else outputs.layout).to_rows(tokens)
 
     def multimodal_pass(
-        self, input_ids: Tensor, attention_mask: Tensor, *contexts: ImageContext, text_output: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *contexts: ImageContext,
+        text_output: bool = False,
+        pad_outputs: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Queries and text together, both ways.
 
@@ -391,56 +452,59 @@ class QFormer(nn.Module):
             contexts: the images, blocks of rows in order: R is the sum of their lengths. A context may stand in
                 several blocks; its keys and values are neither recomputed nor copied.
             text_output: whether the text positions are wanted too.
+            pad_outputs: whether pads are computed; zero without.
 
         Returns:
             query_output (R, Q, D), and the text positions (R, L, D) or None.
         """
-        num_rows = sum(len(context) for context in contexts)
+        num_rows, num_queries = sum(len(context) for context in contexts), self.config.num_query_tokens
         check_shape(input_ids, "R L", name="input_ids", R=num_rows)
-        queries, text, _ = self.encoder(
-            self._queries(num_rows),
-            self.embeddings.embed_text(input_ids),
-            mask=_key_mask(attention_mask, num_before=self.config.num_query_tokens),
+        text = _text_layout(attention_mask, pad_outputs)
+        layout = _after_queries(text, num_queries, input_ids.device)
+        tokens = torch.cat([self._queries(num_rows), self.embeddings.embed_text(input_ids, text.place)])
+        queries = Layout(num_rows, num_queries, num_queries)
+        num_query_tokens = num_rows * num_queries
+        tokens, _ = self.encoder(
+            tokens,
+            layout,
+            mask=_key_mask(attention_mask, num_before=num_queries),
             contexts=contexts,
-            num_text_outputs=None if text_output else 0,
-            real_tokens=None if text_output else _real_tokens(attention_mask),
+            outputs=None if text_output else Outputs(torch.arange(num_query_tokens, device=tokens.device), queries),
         )
-        return queries, text
+        return (
+            queries.to_rows(tokens[:num_query_tokens]),
+            text.to_rows(tokens[num_query_tokens:]) if text_output else None,
+        )
 
     def caption_pass(
         self, input_ids: Tensor, attention_mask: Tensor, cache: Sequence[KeyValue], *, pad_outputs: bool = False
     ) -> Tensor:
         """Text that sees all queries of ``cache`` and its own past: (B, L, D), with [DEC] in place of [CLS].
 
-        Pads come out unfinished unless ``pad_outputs``. The cache is :meth:`image_pass`'s and not detached: captioning
-        trains queries and cross-attention through it.
+        Pads are zero unless ``pad_outputs``. The cache is :meth:`image_pass`'s and not detached: captioning trains
+        queries and cross-attention through it.
         """
         num_tokens = input_ids.shape[1]
         ids = torch.cat([torch.full_like(input_ids[:, :1], self.config.dec_token_id), input_ids[:, 1:]], 1)
         past = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=ids.device).tril()
         mask = _key_mask(attention_mask) & past  # B 1 L L
         to_queries = mask.new_ones(()).expand(*mask.shape[:3], self.config.num_query_tokens)
-        _, text, _ = self.encoder(
-            None,
-            self.embeddings.embed_text(ids),
+        layout = _text_layout(attention_mask, pad_outputs)
+        tokens, _ = self.encoder(
+            self.embeddings.embed_text(ids, layout.place),
+            layout,
             mask=torch.cat([to_queries, mask], 3),
             past=cache,
-            real_tokens=None if pad_outputs else _real_tokens(attention_mask),
         )
-        return text
+        return layout.to_rows(tokens)
 
     def lm_logits(self, text_output: Tensor) -> Tensor:
         """Scores of the next token, (…, V), for the positions of :meth:`caption_pass`."""
         return self.lm_head(text_output, self.embeddings.word_embeddings.weight)
 
     def _queries(self, num_rows: int) -> Tensor:
-        return self.embeddings.norm(self.query_tokens.expand(num_rows, -1, -1))
-
-
-def _join(queries: Tensor | None, text: Tensor | None) -> Tensor:
-    if queries is None:
-        return text
-    return queries if text is None else torch.cat([queries, text], 1)
+        """(R · Q, D)."""
+        return self.embeddings.norm(self.query_tokens.expand(num_rows, -1, -1)).flatten(0, 1)
 
 
 def _key_mask(attention_mask: Tensor, num_before: int = 0) -> Tensor:
@@ -448,7 +512,26 @@ def _key_mask(attention_mask: Tensor, num_before: int = 0) -> Tensor:
     return F.pad(attention_mask.bool(), (num_before, 0), value=True)[:, None, None, :]
 
 
-def _real_tokens(attention_mask: Tensor) -> Tensor | None:
-    """Indices into the flattened (R, L) of what is no pad; None without pads."""
-    index = attention_mask.flatten().nonzero().squeeze(1)
-    return None if len(index) == attention_mask.numel() else index
+def _text_layout(attention_mask: Tensor, pad_outputs: bool) -> Layout:
+    """Rows of text (R, L); the list holds what is no pad, or everything."""
+    num_rows, length = attention_mask.shape
+    place = torch.arange(num_rows * length, device=attention_mask.device)
+    if not pad_outputs:
+        place = place[attention_mask.flatten().bool()]
+    return Layout(num_rows, length, place=None if len(place) == num_rows * length else place)
+
+
+def _after_queries(text: Layout, num_queries: int, device: torch.device) -> Layout:
+    """The rows of ``text`` with queries before it."""
+    num_positions = num_queries + text.num_positions
+    rows = torch.arange(text.num_rows, device=device)[:, None] * num_positions
+    queries = rows + torch.arange(num_queries, device=device)
+    tokens = rows + torch.arange(num_queries, num_positions, device=device)
+    tokens = tokens.flatten() if text.place is None else tokens.flatten()[text.place]
+    return Layout(text.num_rows, num_positions, num_queries, torch.cat([queries.flatten(), tokens]))
+
+
+def _first_tokens(text: Layout, device: torch.device) -> Tensor:
+    """(R,): each row's first position in the list; it is [CLS], never a pad."""
+    first = torch.arange(text.num_rows, device=device) * text.num_positions
+    return first if text.place is None else torch.searchsorted(text.place, first)

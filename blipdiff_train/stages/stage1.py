@@ -27,7 +27,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from blipdiff_train.common import distributed, rng
-from blipdiff_train.losses.captioning import CaptioningResult, itg_loss
+from blipdiff_train.losses.captioning import CaptioningResult, itg_loss, predicting_positions
 from blipdiff_train.losses.contrastive import itc_loss, positive_pairs, recall_at_k, similarities
 from blipdiff_train.losses.matching import (
     MatchingResult,
@@ -72,7 +72,7 @@ class Stage1Outputs:
     itm_exists: Tensor  # 3B, False where a row has no admissible negative
     itm_query_output: Tensor  # 3B Q D: own pairs, negative images, negative texts
     itm_logits: Tensor  # 3B 2
-    itg_logits: Tensor  # B L V
+    itg_logits: Tensor  # N V, of the N positions that predict a token
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ class Stage1Module(LightningModule):
         # images and texts apart; the images' keys and values and the queries' cache serve all that follows
         context = self.qformer.encode_images(image_embeds)
         query_output, query_cache = self.qformer.image_pass(context)
-        text_cls = self.qformer.text_pass(input_ids, attention_mask, num_outputs=1)[:, 0]
+        text_cls = self.qformer.text_pass(input_ids, attention_mask, cls_only=True)[:, 0]
 
         # ITC: local against all
         image_feats, text_feats = self.heads.image_feats(query_output), self.heads.text_feats(text_cls)
@@ -243,8 +243,10 @@ class Stage1Module(LightningModule):
         itm = itm_loss(itm_logits, labels, itm_exists)
 
         # ITG: the caption from the cached queries
-        itg_logits = self.qformer.lm_logits(self.qformer.caption_pass(input_ids, attention_mask, query_cache))
-        itg = itg_loss(itg_logits, input_ids, attention_mask, label_smoothing=self.label_smoothing)
+        predicting = predicting_positions(attention_mask)  # B L−1
+        text_output = self.qformer.caption_pass(input_ids, attention_mask, query_cache)
+        itg_logits = self.qformer.lm_logits(text_output[:, :-1][predicting])
+        itg = itg_loss(itg_logits, input_ids[:, 1:][predicting], label_smoothing=self.label_smoothing)
 
         return Stage1Outputs(
             loss_itc=loss_itc,

@@ -179,7 +179,7 @@ def test_bert_in_the_qformer_reads_text_as_bert_does(bert, tmp_path, form):
     mask = (ids != 0).long()
     with torch.no_grad():
         expected = bert.bert(ids, attention_mask=mask).last_hidden_state
-        found = qformer.text_pass(ids, mask)
+        found = qformer.text_pass(ids, mask, pad_outputs=True)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=2e-6)
 
     state = qformer.state_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blipdiff_train.models.qformer import QFormer, QFormerConfig
+from blipdiff_train.models.qformer import ImageNorm, Layout, QFormer, QFormerConfig
 
 
 def tiny(**changes) -> QFormer:
@@ -109,10 +109,19 @@ def test_blocks_of_contexts_equal_recomputed_rows(qformer) -> None:
         assert torch.allclose(grad, results[1][1][name], atol=1e-4, rtol=1e-4), name
 
 
-def test_keys_are_computed_once_per_image_and_layer(qformer) -> None:
+def test_keys_are_computed_once_per_image_and_layer(qformer, monkeypatch) -> None:
     calls = []
+    keys = {id(layer.crossattention.attention.key) for layer in qformer.encoder.layer}
+    then = ImageNorm.then
+
+    def counted(norm, linear, standardized):
+        calls.extend([len(standardized)] if id(linear) in keys else [])
+        return then(norm, linear, standardized)
+
+    monkeypatch.setattr(ImageNorm, "then", counted)
     for layer in qformer.encoder.layer:
-        layer.crossattention.attention.key.register_forward_hook(lambda *a: calls.append(a[1][0].shape[0]))
+        for linear in (layer.crossattention.attention.key, layer.crossattention.attention.value):
+            linear.register_forward_hook(lambda *_: pytest.fail("keys and values come from encode_images alone"))
     context = qformer.encode_images(IMAGES)
     qformer.image_pass(context)
     qformer.multimodal_pass(
@@ -122,30 +131,53 @@ def test_keys_are_computed_once_per_image_and_layer(qformer) -> None:
 
 
 def test_computing_fewer_outputs_changes_none_of_them(qformer) -> None:
-    assert torch.allclose(qformer.text_pass(IDS, MASK)[:, :1], qformer.text_pass(IDS, MASK, num_outputs=1), atol=1e-6)
+    for pads in (False, True):
+        everything = qformer.text_pass(IDS, MASK, pad_outputs=pads)
+        assert torch.allclose(everything[:, :1], qformer.text_pass(IDS, MASK, cls_only=True), atol=1e-6)
     context = qformer.encode_images(IMAGES)
     queries, none = qformer.multimodal_pass(IDS, MASK, context)
     assert none is None
     assert torch.allclose(queries, qformer.multimodal_pass(IDS, MASK, context, text_output=True)[0], atol=1e-6)
 
 
-def test_real_tokens_do_not_need_the_pads_feed_forward(qformer) -> None:
-    """Skipping it changes neither an output that is read nor a gradient."""
+def test_real_tokens_do_not_need_the_pads(qformer) -> None:
+    """Leaving pads out changes neither an output that is read nor a gradient; where they stand there are zeros."""
     results = []
-    for everything in (True, False):
+    for pads in (True, False):
         qformer.zero_grad()
         context = qformer.encode_images(IMAGES)
         _, cache = qformer.image_pass(context)
-        caption = qformer.caption_pass(IDS, MASK, cache, pad_outputs=everything)[MASK.bool()]
-        queries, _ = qformer.multimodal_pass(IDS, MASK, context, text_output=everything)
-        cls = qformer.text_pass(IDS, MASK, num_outputs=None if everything else 1)[:, 0]
-        (caption.square().sum() + queries.square().sum() + cls.square().sum()).backward()
-        results.append(((caption, queries, cls), {n: p.grad for n, p in qformer.named_parameters()}))
+        caption = qformer.caption_pass(IDS, MASK, cache, pad_outputs=pads)
+        queries, beside = qformer.multimodal_pass(IDS, MASK, context, text_output=True, pad_outputs=pads)
+        text = qformer.text_pass(IDS, MASK, pad_outputs=pads)
+        outputs = (caption, beside, text)
+        assert all(bool(output[MASK == 0].any()) == pads for output in outputs)
+        outputs = (queries, *(output[MASK.bool()] for output in outputs))
+        sum(output.square().sum() for output in outputs).backward()
+        results.append((outputs, {n: p.grad for n, p in qformer.named_parameters()}))
     for one, other in zip(results[0][0], results[1][0], strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     for name, grad in results[0][1].items():
         assert (grad is None) == (results[1][1][name] is None)
         assert grad is None or torch.allclose(grad, results[1][1][name], rtol=1e-4, atol=1e-4), name
+
+
+def test_the_image_norm_is_folded_into_what_follows(qformer) -> None:
+    """Same keys and values, same gradients, and none of the image features unless they are asked for."""
+    norm, attention = qformer.ln_vision, qformer.encoder.layer[0].crossattention
+    assert not norm.standardize(IMAGES).requires_grad
+    assert norm.standardize(IMAGES.clone().requires_grad_()).requires_grad
+    results = []
+    for folded in (True, False):
+        qformer.zero_grad()
+        if folded:
+            keys_values = attention.image_keys_values(norm.standardize(IMAGES), norm)
+        else:
+            keys_values = attention.keys_values(norm(IMAGES).flatten(0, 1), Layout(*IMAGES.shape[:2]))
+        (keys_values[0].square().sum() + keys_values[1].pow(3).sum()).backward()
+        results.append((keys_values, {n: p.grad for n, p in qformer.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    assert {"ln_vision.weight", "ln_vision.bias"} < results[0][1].keys()
 
 
 def test_cross_attention_stands_in_every_nth_layer() -> None:

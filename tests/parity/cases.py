@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from blipdiff_train.checkpoints.keys import Gaps, assign, state_shapes, to_ours
 from blipdiff_train.checkpoints.tables import diffusers_qformer, lavis_qformer, lavis_tower, projection
 from blipdiff_train.checkpoints.tokenizers import load_bert_tokenizer
+from blipdiff_train.losses.captioning import predicting_positions
 from blipdiff_train.models.alignment import AlignmentHeads
 from blipdiff_train.models.image_encoder import ImageEncoder
 from blipdiff_train.models.qformer import QFormer, QFormerConfig
@@ -119,8 +120,6 @@ def compare_outputs(
     case: Case, module: Stage1Module, inputs: dict[str, Tensor], recorded: dict[str, Tensor], outputs: Stage1Outputs
 ) -> dict[str, Comparison]:
     """Losses and activations of one process."""
-    mask = inputs["attention_mask"].bool()
-    length = outputs.itg_logits.shape[1]
     total = sum(outputs.losses.values())
     result = {
         name: Comparison(largest_difference(ours, recorded[name]), LOSS_TOLERANCE)
@@ -144,10 +143,10 @@ def compare_outputs(
     }
     for name, ours in activations.items():
         result[name] = compare_activation(case, name, ours, recorded[name])
-    # pads are never read: compare the positions of real tokens
-    real = mask[:, :length]
+    # what predicts no token is never read
+    predicting = predicting_positions(inputs["attention_mask"])
     result["lm_logits"] = compare_activation(
-        case, "lm_logits", outputs.itg_logits[real], recorded["lm_logits"][:, :length][real]
+        case, "lm_logits", outputs.itg_logits, recorded["lm_logits"][:, :-1][predicting]
     )
     return result
 
@@ -236,7 +235,7 @@ def run_features(case: Case) -> dict[str, Comparison]:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     context = module.qformer.encode_images(inputs["image"])
     query_output, _ = module.qformer.image_pass(context)
-    text_output = module.qformer.text_pass(ids, mask)
+    text_output = module.qformer.text_pass(ids, mask, pad_outputs=True)
     multimodal, _ = module.qformer.multimodal_pass(ids, mask, context)
     ours = {
         "image.image_embeds": query_output,
@@ -289,6 +288,7 @@ def run_qformer(case: Case) -> dict[str, Comparison]:
             inputs["attention_mask"],
             parts["qformer"].encode_images(context_embeds),
             text_output=True,
+            pad_outputs=True,
         )
         ours = {
             "vision_last_hidden_state": parts["qformer"].ln_vision(context_embeds),
