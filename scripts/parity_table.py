@@ -21,7 +21,8 @@ HEADER = """# Parity with the reference implementations
 Largest error of each quantity against what LAVIS and diffusers computed on tiny random weights (fp32, CPU). Absolute,
 except gradients: ‖ours − theirs‖ / ‖theirs‖ of the worst tensor; the gradients of key biases are zero in exact
 arithmetic and compared absolutely. Activations may differ by 20 × what rounding alone does to the reference
-(its own fp32 against fp64), at least 1e-5. Regenerate with `python scripts/parity_table.py`.
+(its own fp32 against fp64), at least 1e-5. Regenerate with `python scripts/parity_table.py`. What differs on purpose is
+listed in [differences.md](differences.md).
 
 """
 

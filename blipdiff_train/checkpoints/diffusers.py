@@ -1,9 +1,13 @@
 """Folders in diffusers' layout: Stable Diffusion 1.x, and BLIP-Diffusion as ``Salesforce/blipdiffusion`` has it.
 
-Differences from the public BLIP-Diffusion folder, on writing: every size and epsilon is written out (transformers
-fills in 1e-6 for the tower's missing ``layer_norm_eps``; BLIP-Diffusion's is 1e-5), and ``qformer_tokenizer/`` holds
-the Q-Former's vocabulary, which the public folder leaves to ``bert-base-uncased``. ``BlipDiffusionPipeline`` of
-diffusers 0.32.2 with transformers 4.46.3 opens the result; ``scripts/check_export_in_diffusers.py`` shows it.
+Deliberate differences from the public BLIP-Diffusion folder, on writing:
+
+* Every size and epsilon is written out: newer transformers fill in 1e-6 for the tower's missing ``layer_norm_eps``,
+  and BLIP-Diffusion's is 1e-5.
+* ``qformer_tokenizer/`` holds the Q-Former's vocabulary, which the public folder leaves to ``bert-base-uncased``.
+
+``BlipDiffusionPipeline`` of diffusers 0.32.2 with transformers 4.46.3 opens the result all the same;
+``scripts/check_export_in_diffusers.py`` shows it.
 """
 
 from __future__ import annotations
@@ -331,8 +335,13 @@ def read_qformer_config(file: Path) -> tuple[dict[str, Any], QFormerConfig]:
     vision = VISION_DEFAULTS | _given(config.get("vision_config"), VISION_KEYS)
     theirs = QFORMER_DEFAULTS | _given(config.get("qformer_config"), tuple(QFORMER_NAMES))
     sizes = {ours: theirs[name] for name, ours in QFORMER_NAMES.items()}
+    activation = (config.get("qformer_config") or {}).get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise ValueError(f"{file}: qformer_config.hidden_act is {activation!r}; a Q-Former's is 'gelu'")
     try:
-        qformer = QFormerConfig(num_query_tokens=config.get("num_query_tokens", 32), **sizes)
+        qformer = QFormerConfig(
+            num_query_tokens=config.get("num_query_tokens", 32), image_norm_eps=vision["layer_norm_eps"], **sizes
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
     if qformer.image_width != vision["hidden_size"]:
@@ -396,6 +405,11 @@ def save_subject_side(folder: str | Path, parts: ModelParts, *, dtype: torch.dty
         raise ValueError(
             f"the projection is {projection.width} wide and {projection.dense1.out_features} inside; "
             f"the layout's is {width} and {4 * width}"
+        )
+    if tower.config.layer_norm_eps != qformer.config.image_norm_eps:
+        raise ValueError(
+            f"the image tower's norms have eps {tower.config.layer_norm_eps:g}, the Q-Former's image norm "
+            f"{qformer.config.image_norm_eps:g}; the layout has one number for both"
         )
     modules = {"tower": tower, "qformer": qformer, "projection": projection}
     rows = diffusers_qformer(qformer.config, tower.num_layers)

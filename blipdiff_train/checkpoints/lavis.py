@@ -1,8 +1,10 @@
 """LAVIS checkpoints: BLIP-2 / BLIP-Diffusion stage 1 (one ``.pth``) and BLIP-Diffusion (a folder).
 
 Sources: LAVIS ``Blip2Base.load_from_pretrained``, ``BlipDiffusion.__init__`` (which renames ``text_model`` to
-``Qformer``) and ``BlipDiffusion.load_checkpoint_from_dir``. Unlike there, nothing is loaded by hope
-(``strict=False``): what may be absent is the image tower, as a whole, because LAVIS does not save frozen weights.
+``Qformer``) and ``BlipDiffusion.load_checkpoint_from_dir``.
+
+Deliberate difference from LAVIS: nothing is loaded by hope (``strict=False``). What may be absent is the image tower,
+as a whole, because LAVIS does not save frozen weights.
 
 LAVIS stores no sizes. They follow from the shapes, except the numbers of attention heads: width / 64, as in BERT and in
 CLIP's towers, unless given. What we write has ``config.json`` files beside the weights; LAVIS does not look at them.

@@ -21,6 +21,7 @@ CODE_KEYS = frozenset({"auto_map", "_target_", "trust_remote_code", "custom_pipe
 MAX_JSON_BYTES = 64 * 1024 * 1024  # the largest real one, a 49,408-entry tokenizer.json, has 2.2 MB
 HUB_ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w.-]+))?$")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+INDEX_SUFFIX = ".index.json"  # of the list of files that one part's weights are spread over
 
 
 def read_json(path: str | Path, *, allowed_class_names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -78,10 +79,16 @@ def _is_index(value: Any) -> bool:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Names and tensors, on the CPU and in the stored dtype, of a ``.safetensors`` file or a pickle of tensors only.
 
+    Args:
+        path: the file, or the ``.index.json`` that says over which files beside it the tensors are spread.
+
     Raises:
-        ValueError: truncated or damaged, of an unknown kind, or a pickle with anything but tensors; the file is named.
+        ValueError: truncated or damaged, of an unknown kind, or a pickle with anything but tensors; or files that do
+            not hold what their index says. The file is named.
     """
     path = Path(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -92,6 +99,41 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: is not a whole safetensors file ({error}); fetch or write it again") from error
     value = read_pickle(path)
     return tensor_mapping(value, path)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    expected = read_weight_map(index)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(expected.values())):
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index}: names {shard}, which is not beside it; fetch the missing file")
+        found = read_tensors(index.parent / shard)
+        listed = {name for name, file in expected.items() if file == shard}
+        if found.keys() != listed:
+            odd = sorted(found.keys() ^ listed)
+            raise ValueError(
+                f"{index.parent / shard}: {odd[0]} is in one of it and {index.name} only; fetch both again"
+            )
+        tensors |= found
+    return tensors
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file name of an ``.index.json``.
+
+    Raises:
+        ValueError: not such a list, or a name that is not that of a weights file beside it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map, which says where each tensor stands")
+    for name, shard in weight_map.items():
+        is_plain = isinstance(shard, str) and shard == Path(shard).name and shard not in ("", ".", "..")
+        if not is_plain or not shard.endswith((".safetensors", *PICKLE_SUFFIXES)):
+            raise ValueError(
+                f"{index}: {name} is said to be in {shard!r}, expected the name of a weights file beside it"
+            )
+    return weight_map
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -164,7 +206,11 @@ def _find_on_hub(
     reason = ""
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name, subfolder=subfolder or None, revision=revision))
+            found = Path(hf_hub_download(repository, name, subfolder=subfolder or None, revision=revision))
+            if name.endswith(INDEX_SUFFIX):  # the files it names land beside it
+                for shard in sorted(set(read_weight_map(found).values())):
+                    hf_hub_download(repository, shard, subfolder=subfolder or None, revision=revision)
+            return found
         except LocalEntryNotFoundError as error:  # offline, and not in the cache
             reason = str(error).splitlines()[0]
         except EntryNotFoundError:
@@ -187,7 +233,9 @@ def weight_names(stem: str) -> list[str]:
     pickle_stem = "pytorch_model" if stem == "model" else stem
     return [
         f"{stem}.safetensors",
+        f"{stem}.safetensors{INDEX_SUFFIX}",
         f"{pickle_stem}.bin",
+        f"{pickle_stem}.bin{INDEX_SUFFIX}",
         f"{stem}.fp16.safetensors",
         f"{pickle_stem}.fp16.bin",
     ]

@@ -1,6 +1,7 @@
 """Process-group helpers that are defined for one process too, where they do the obvious thing.
 
-The reference calls ``torch.distributed.get_rank()`` without a process group and fails on one GPU (LAVIS issue 153).
+Deliberate difference: LAVIS calls ``torch.distributed.get_rank()`` without a process group and fails on one GPU (its
+issue 153).
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
 """The denoising loss of stage 2 and of fine-tuning.
 
 Source: LAVIS ``blip_diffusion.py`` ``forward`` (``F.mse_loss(noise_pred.float(), noise.float(),
-reduction="mean")``); Ho et al. 2020, equation 14 (``L_simple``). Difference: shapes must be equal, where
-``mse_loss`` broadcasts with a warning.
+reduction="mean")``); Ho et al. 2020, equation 14 (``L_simple``).
+
+Deliberate differences from LAVIS:
+
+* Shapes must be equal, where ``mse_loss`` broadcasts with a warning.
+* The target may be the velocity (Salimans and Ho 2022) for a model of that kind; LAVIS knows the noise only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """What stage 1 puts on top of the Q-Former: projections to the shared space, the match classifier, the temperature.
 
 Source: salesforce/LAVIS ``lavis/models/blip2_models/blip2_qformer.py`` (``vision_proj``, ``text_proj``, ``itm_head``,
-``temp``). Differences: the features are normalised in fp32 whatever the model's precision.
+``temp``).
+
+Deliberate difference from LAVIS: features are normalised, and match logits averaged over the queries, in fp32 whatever
+the model's precision.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Which parameters train: one list of name patterns, applied and reported in one place.
 
-Frozen parts must also stay in eval when a trainer calls ``.train()`` on everything; LAVIS replaces the ``train`` method
-of instances for that, here :func:`keep_frozen_in_eval` is called from the owner's own ``train``.
+Frozen parts must also stay in eval when a trainer calls ``.train()`` on everything.
+
+Deliberate difference: LAVIS replaces the ``train`` method of instances for that; here :func:`keep_frozen_in_eval` is
+called from the owner's own ``train``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 Source: salesforce/LAVIS ``lavis/models/clip_vit.py`` (23 of ViT-L/14's 24 layers, all 257 tokens) and BLIP-2 §3, which
 takes the second-to-last layer's output. The norm that follows is the Q-Former's trainable ``ln_vision``.
+
+Deliberate difference from LAVIS: the tower computes in the precision of its weights, fp32 unless asked; LAVIS converts
+it to fp16 by default.
+
 Parameter names are those of transformers' ``CLIPVisionModel`` (flat, without ``vision_model.``).
 """
 

@@ -62,7 +62,8 @@ class QFormerConfig:
     cross_attention_freq: int = 1  # layer i reads the image iff i % cross_attention_freq == 0; BLIP-2 has 2
     image_width: int = 1024
     dropout: float = 0.1  # of hidden states and of attention probabilities, as in BERT
-    layer_norm_eps: float = 1e-12  # of BERT's norms; ln_vision has CLIP's 1e-5
+    layer_norm_eps: float = 1e-12  # of BERT's norms
+    image_norm_eps: float = 1e-5  # of ln_vision: CLIP's
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -382,7 +383,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
-        self.ln_vision = ImageNorm(config.image_width, eps=1e-5)
+        self.ln_vision = ImageNorm(config.image_width, eps=config.image_norm_eps)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.lm_head = LanguageModelHead(config)

@@ -2,6 +2,9 @@
 
 Counting in optimizer steps (not batches, not samples) makes a schedule the same under any accumulation and any number
 of GPUs as long as the global batch is the same (diffusers issues 8312 and 14542 are about schedules that are not).
+
+Deliberate difference from LAVIS (``Blip2Base.get_optimizer_params``): the temperature, which has no axis, does not
+decay. There what has exactly one axis is exempt, and a temperature that decays towards zero sharpens by itself.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether weight decay applies to a parameter.
 
-    LAVIS ``runner_base.py`` exempts what has fewer than two axes: norm weights, biases and the temperature. The same
-    rule here, plus anything called ``bias``. ``query_tokens`` (1 Q D) decay, as they do there: they are the only
-    source of the queries' content and have no norm of their own that would undo a growing scale.
+    Norm weights, biases and the temperature do not: what has fewer than two axes, or is called ``bias``.
+    ``query_tokens`` (1 Q D) decay, as they do in LAVIS: they are the only source of the queries' content and have no
+    norm of their own that would undo a growing scale.
     """
     return parameter.ndim >= 2 and not name.endswith("bias")
 

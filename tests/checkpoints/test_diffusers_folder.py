@@ -104,6 +104,30 @@ def test_a_missing_vision_epsilon_is_the_old_default(folder, vocabulary):
     assert parts.qformer.ln_vision.eps == 1e-5
 
 
+def test_the_image_norm_has_the_towers_epsilon(folder, vocabulary, tmp_path):
+    """Both are one number in this layout; a model that has two cannot be written."""
+    file = folder / "qformer" / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-6
+    file.write_text(json.dumps(config))
+    parts = layout.load(folder, bert_tokenizer=vocabulary)
+    assert parts.qformer.ln_vision.eps == parts.image_encoder.pre_layrnorm.eps == 1e-6
+    layout.save(tmp_path / "again", parts)
+    assert layout.load(tmp_path / "again").qformer.config.image_norm_eps == 1e-6
+    parts.image_encoder.config.layer_norm_eps = 1e-5
+    with pytest.raises(ValueError, match="have eps 1e-05, the Q-Former's image norm 1e-06"):
+        layout.save(tmp_path / "no", parts)
+
+
+def test_another_activation_of_the_qformer_is_refused(folder, vocabulary):
+    file = folder / "qformer" / "config.json"
+    config = json.loads(file.read_text())
+    config["qformer_config"]["hidden_act"] = "relu"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"qformer/config\.json: qformer_config\.hidden_act is 'relu'"):
+        layout.load(folder, bert_tokenizer=vocabulary)
+
+
 def test_every_size_is_written_out(tmp_path):
     layout.save(tmp_path, tiny_parts())
     config = json.loads((tmp_path / "qformer" / "config.json").read_text())
@@ -224,6 +248,15 @@ def test_stable_diffusion_in_both_generations(tmp_path, generation, suffix):
     assert tokenizer("a dog").input_ids == text.tokenizer("a dog").input_ids
     ids = torch.tensor([tokenizer("a dog").input_ids])
     assert torch.equal(text_model.eval()(ids).last_hidden_state, text.model.eval()(ids).last_hidden_state)
+
+
+def test_a_unet_spread_over_files(tmp_path):
+    """As diffusers itself writes it with ``max_shard_size``."""
+    denoiser = tiny_denoiser()
+    denoiser.unet.save_pretrained(tmp_path / "unet", max_shard_size="50KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    state = layout.load_unet(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in denoiser.unet.state_dict().items())
 
 
 def test_another_kind_of_part_is_refused(tmp_path):

@@ -104,6 +104,64 @@ def test_files_are_found_in_order_of_preference_and_absence_is_explained(tmp_pat
     assert find_file(tmp_path, ["config.json"], required=False) is None
 
 
+def shards(folder, suffix):
+    """Three tensors over two files and the index that transformers and diffusers write beside them."""
+    tensors = {name: torch.full((2,), float(number)) for number, name in enumerate("abc")}
+    names = [f"model-0000{number}-of-00002{suffix}" for number in (1, 2)]
+    write = save_file if suffix == ".safetensors" else torch.save
+    for name, keys in zip(names, ("ab", "c"), strict=True):
+        write({key: tensors[key] for key in keys}, folder / name)
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    index = folder / f"{stem}{suffix}.index.json"
+    weight_map = {"a": names[0], "b": names[0], "c": names[1]}
+    index.write_text(json.dumps({"metadata": {"total_size": 24}, "weight_map": weight_map}))
+    return index, tensors, names
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_weights_spread_over_files_are_one(tmp_path, suffix):
+    index, tensors, names = shards(tmp_path, suffix)
+    assert find_file(tmp_path, weight_names("model")) == index
+    found = read_tensors(index)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-4])
+    with pytest.raises(ValueError, match=names[1]):
+        read_tensors(index)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ValueError, match=rf"index\.json: names {names[1]}, which is not beside it"):
+        read_tensors(index)
+
+
+def test_an_index_that_does_not_fit_its_files_is_named(tmp_path):
+    index, _, names = shards(tmp_path, ".safetensors")
+    good = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": good | {"d": names[0]}}))
+    with pytest.raises(ValueError, match=rf"{names[0]}: d is in one of it and model\.safetensors\.index\.json only"):
+        read_tensors(index)
+    for weight_map in ({}, None, {"a": "../secret.safetensors"}, {"a": "model.py"}, {"a": 3}):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=r"safetensors\.index\.json: (has no weight_map|a is said to be in)"):
+            read_tensors(index)
+
+
+def test_the_files_of_an_index_are_had_from_the_hub_too(tmp_path, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    index, _, names = shards(tmp_path, ".safetensors")
+    asked = []
+
+    def download(repository, name, *, subfolder, revision):
+        asked.append(name)
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert find_file("some/model", weight_names("model"), subfolder="unet") == index
+    assert asked == ["model.safetensors", "model.safetensors.index.json", *names]
+
+
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "../up", "a/b/c", "https://example.org/x", "-x/y"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(source):
     with pytest.raises(ValueError, match="no such folder, and not a hub id"):
