@@ -7,6 +7,7 @@ checked before anything heavy is imported.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ COMMANDS = {
 }
 
 WITH_GROUPS = ("train", "doctor")
+
+HELP_WORDS = ("-h", "--help", "help")
 
 HELP = """\
 blipdiff_train: train BLIP-Diffusion.   python -m blipdiff_train [command] key=value …
@@ -54,7 +57,7 @@ examples
   python -m blipdiff_train generate model=outputs/stage2/default/model subject=dog image=dog.jpg prompt="on the beach"
 
 flags
-  <command> --help              every key of a command with its value and meaning
+  <command> --help              every key of a command: value, what is allowed, meaning; also `stage=2 --help`
   -m, --multirun                one job for each combination of the values given with commas
   --cfg                         print the composed configuration and stop
   --config-dir DIR              look for configuration files (experiment/…) in DIR too
@@ -81,12 +84,12 @@ def quote_stage(token: str) -> str:
     """``stage=1`` as Hydra accepts it, ``stage='1'``; applied twice it changes nothing more.
 
     Hydra 1.3 reads the 1 as a number and refuses it as the name of a configuration file. Lists for sweeps
-    (``stage=1,2``) and prefixes (``+stage=1``) are quoted piece by piece.
+    (``stage=1,2``, ``stage=choice(1,2)``) and prefixes (``+stage=1``) are quoted piece by piece.
     """
-    found = re.fullmatch(r"(\+{0,2}stage=)(\d+(?:,\d+)*)", token)
+    found = re.fullmatch(r"(\+{0,2}stage=(?:choice\()?)(\d+(?:\s*,\s*\d+)*)(\)?)", token)
     if not found:
         return token
-    return found[1] + ",".join(f"'{number}'" for number in found[2].split(","))
+    return found[1] + re.sub(r"\d+", r"'\g<0>'", found[2]) + found[3]
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -97,14 +100,20 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0] or arguments[0].startswith("~"):
         return "train", list(arguments)
-    if arguments[0] not in COMMANDS:
+    word = arguments[0]
+    if word not in COMMANDS:
         from blipdiff_train.config import ConfigError, Problem, nearest
 
-        hint = nearest(arguments[0], list(COMMANDS))
-        raise ConfigError(
-            [Problem("", f"no command {arguments[0]!r}{hint} (commands: {', '.join(COMMANDS)})")]
-        )
-    return arguments[0], list(arguments[1:])
+        hint = nearest(word, list(COMMANDS)) or as_override(word, arguments[1:])
+        raise ConfigError([Problem("", f"no command {word!r}{hint} (commands: {', '.join(COMMANDS)})")])
+    return word, list(arguments[1:])
+
+
+def as_override(word: str, rest: Sequence[str]) -> str:
+    """A hint for ``--stage=1``, ``--stage 1`` and ``stage 1``, as other programs have them: here it is ``stage=1``."""
+    key, _, value = word.lstrip("-").replace("-", "_").partition("=")
+    value = value or next((item for item in rest if "=" not in item and not item.startswith("-")), "")
+    return f"; write {key}={value or '…'}"
 
 
 # ---- composing -----------------------------------------------------------------------------------------------------
@@ -120,8 +129,6 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
     Raises:
         ConfigError: with every problem of syntax, names, types, limits and combinations at once.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -129,15 +136,13 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
     from blipdiff_train.config import ConfigError, Problem, check_command
 
     def composed(overrides: Sequence[str]) -> dict[str, Any]:
-        with initialize_config_dir(str(config_folder(command)), version_base="1.3"):
-            config = hydra_compose(command, list(overrides))
-        return OmegaConf.to_container(config, resolve=True)
+        return OmegaConf.to_container(_hydra_compose(command, overrides, search), resolve=True)
 
-    extra = [
-        f"hydra.searchpath=[{','.join('file://' + str(Path(item).resolve()) for item in search)}]"
-    ] * bool(search)
     groups, values, problems = _parse(command, tokens, search)
-    base = composed(extra + groups)
+    try:
+        base = composed(groups)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([*problems, Problem(" ".join(groups), _words(error))]) from error
     kept = []
     for name, token, must_exist in values:
         problem = _unknown(name, base, command) if must_exist else None
@@ -146,67 +151,87 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
         else:
             kept.append((name, token))
     try:
-        plain = composed(extra + groups + [token for _, token in kept])
+        plain = composed(groups + [token for _, token in kept])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, Problem("", _first_line(error))]) from error
+        raise ConfigError([*problems, Problem("", _words(error))]) from error
     _, found = check_command(command, plain)
     if found:
         # with the bad values taken back, what else is wrong shows as well
         bad = {problem.key for problem in found}
         good = [token for name, token in kept if name not in bad]
-        _, more = check_command(command, composed(extra + groups + good))
+        _, more = check_command(command, composed(groups + good))
         found += [problem for problem in more if problem not in found and problem.key not in bad]
     if problems or found:
         raise ConfigError(problems + found)
     return plain
 
 
+def _hydra_compose(command: str, overrides: Sequence[str], search: Sequence[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    folders = ",".join("file://" + str(Path(item).resolve()) for item in search)
+    more = [f"hydra.searchpath=[{folders}]"] if folders else []
+    with initialize_config_dir(str(config_folder(command)), version_base="1.3"):
+        return hydra_compose(command, [*more, *overrides])
+
+
 def _parse(
     command: str, tokens: Sequence[str], search: Sequence[str]
 ) -> tuple[list[str], list[tuple[str, str, bool]], list[Any]]:
     """Sort overrides into choices of configuration files, values (name, token, must exist), and problems."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     from blipdiff_train.config import Problem, nearest
 
-    parser = OverridesParser.create()
     groups: list[str] = []
     values: list[tuple[str, str, bool]] = []
-    problems: list[Problem] = []
-    for token in tokens:
-        try:
-            override = parser.parse_override(token)
-        except HydraException as error:
-            advice = "write key=value, and quote a value with special characters: key='\"a, b\"'"
-            problems.append(Problem(token, f"cannot be read ({_first_line(error)}); {advice}"))
-            continue
-        name = override.key_or_group
+    overrides, problems = _read_overrides(tokens)
+    for override in overrides:
+        name, token = override.key_or_group, override.input_line
         if override.is_sweep_override():
             problems.append(Problem(name, "has several values; add -m to run one job for each of them"))
             continue
+        if is_hydras(name):
+            problems.append(Problem(name, "is a setting of sweeps, e.g. -m optim.lr=1e-4,3e-4; this is a single run"))
+            continue
         choices = _choices(command, name, search)
         if choices is None:
-            if not name.startswith("hydra."):
-                values.append((name, token, not (override.is_add() or override.is_force_add())))
+            values.append((name, token, not (override.is_add() or override.is_force_add())))
             continue
         choice = override.value()
-        if override.is_delete() or choice is None or choice in choices:
+        if choice in choices and not override.is_delete():
             groups.append(token)
         else:
             hint = nearest(str(choice), choices)
-            problems.append(Problem(name, f"there is no {choice!r}{hint} (allowed: {', '.join(choices)})"))
+            wanted = "null" if choice is None else repr(choice)
+            problems.append(Problem(name, f"there is no {wanted}{hint} (allowed: {', '.join(choices)})"))
     return groups, values, problems
+
+
+def _read_overrides(tokens: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Hydra's overrides, and the problems of what is none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from blipdiff_train.config import Problem
+
+    parser, overrides, problems = OverridesParser.create(), [], []
+    for token in tokens:
+        try:
+            overrides.append(parser.parse_override(token))
+        except HydraException as error:
+            advice = "write key=value, and quote a value with special characters: key='\"a, b\"'"
+            problems.append(Problem(token, f"cannot be read ({_words(error)}); {advice}"))
+    return overrides, problems
+
+
+def is_hydras(name: str) -> bool:
+    """Whether a key is one of Hydra's own: the launcher of sweeps and its settings."""
+    return name.startswith(("hydra.", "hydra/"))
 
 
 def _choices(command: str, group: str, search: Sequence[str]) -> list[str] | None:
     """The files of a configuration group, None if it is no group."""
-    folders = [
-        folder / group for folder in (config_folder(command), *map(Path, search)) if (folder / group).is_dir()
-    ]
-    if group.startswith("hydra/"):
-        folders = folders or [Path()]
-        return ["basic", *sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))]
+    folders = [folder / group for folder in (config_folder(command), *map(Path, search)) if (folder / group).is_dir()]
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}) if folders else None
 
 
@@ -223,44 +248,62 @@ def _unknown(name: str, base: Mapping[str, Any], command: str) -> Any:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _words(error: Exception) -> str:
+    """An error of Hydra's in one line, with the choices that it lists."""
+    first, *more = (line.strip() for line in str(error).strip().splitlines())
+    if "submitit" in first:
+        return f"{first} (needs: pip install hydra-submitit-launcher)"
+    starts = [number for number, line in enumerate(more) if line.startswith("Available options")]
+    if not starts:
+        return first
+    options = itertools.takewhile(lambda line: line and not line.endswith(":"), more[starts[0] + 1 :])
+    return f"{first} (allowed: {', '.join(options)})"
 
 
 # ---- sweeps --------------------------------------------------------------------------------------------------------
 
 
-def sweep(command: str, tokens: Sequence[str], search: Sequence[str]) -> int:
+def sweep(command: str, tokens: Sequence[str], search: Sequence[str], *, only_show: bool = False) -> int:
     """Run one job for each combination of values; each in its own process and folder, by Hydra's launcher.
 
     A job's folder is named after the swept values, so that the same sweep again finds its jobs: finished ones say so
     and stop, the others continue.
+
+    Args:
+        only_show: print the jobs and their configurations instead.
     """
     import hydra
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from blipdiff_train.config import ConfigError, Problem
 
-    overrides = OverridesParser.create().parse_overrides(list(tokens))
-    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    overrides, problems = _read_overrides(tokens)
+    own = [item for item in overrides if not is_hydras(item.key_or_group)]
+    hydras = [item.input_line for item in overrides if is_hydras(item.key_or_group)]
+    swept = [item.key_or_group for item in own if item.is_sweep_override()]
     if not swept:
-        raise ConfigError(
-            [Problem("-m", "no key has several values, e.g. -m stage=1,2 or -m optim.lr=1e-4,3e-4")]
-        )
-    jobs = BasicSweeper.split_arguments(
-        [item for item in overrides if item.key_or_group != "hydra/launcher"], None
-    )[0]
-    problems: list[Problem] = []
+        problems.append(Problem("-m", "no key has several values, e.g. -m stage=1,2 or -m optim.lr=1e-4,3e-4"))
+    try:
+        _hydra_compose(command, hydras, search)
+    except (HydraException, OmegaConfBaseException) as error:
+        problems.append(Problem(" ".join(hydras), _words(error)))
+    jobs = BasicSweeper.split_arguments(own, None)[0]
+    plains = []
     for job in jobs:
         try:
-            compose(command, job_tokens(job, swept), search)
+            plains.append(compose(command, job_tokens(job, swept), search))
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    print(f"{len(jobs)} jobs over {', '.join(swept)}", flush=True)
+    print(f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} over {', '.join(swept)}", flush=True)
+    if only_show:
+        for job, plain in zip(jobs, plains, strict=True):
+            print(f"--- # {' '.join([command, *job_tokens(job, swept)])}\n{as_yaml(plain)}", end="")
+        return 0
 
     results: list[tuple[list[str], int]] = []
 
@@ -276,15 +319,13 @@ def sweep(command: str, tokens: Sequence[str], search: Sequence[str]) -> int:
             raise RuntimeError(f"the job ended with exit code {code}: {' '.join(here)}")
         return code
 
-    folder = compose(command, job_tokens(jobs[0], swept), search).get("output_dir", "outputs")
+    folder = plains[0].get("output_dir", "outputs")
     quiet = [f"hydra.sweep.dir={folder}/.sweeps", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
     quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     arguments = sys.argv
     sys.argv = [arguments[0], "--multirun", *quiet, *tokens]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder(command)), config_name=command)(
-            run_job
-        )()
+        hydra.main(version_base="1.3", config_path=str(config_folder(command)), config_name=command)(run_job)()
     finally:
         sys.argv = arguments
     failed = [(job, code) for job, code in results if code]
@@ -351,14 +392,14 @@ def run(command: str, plain: dict[str, Any]) -> int:
         return 1
 
 
-def command_help(command: str, search: Sequence[str]) -> str:
-    """Every key of a command with its value in the default configuration, and its meaning."""
+def command_help(command: str, tokens: Sequence[str], search: Sequence[str]) -> str:
+    """Every key of a command with its value under the overrides ``tokens``, what is allowed, and its meaning."""
     import typing
     from dataclasses import fields, is_dataclass
 
-    from blipdiff_train.config import schema_of
+    from blipdiff_train.config import allowed, schema_of
 
-    plain = compose(command, [], search)
+    plain = compose(command, tokens, search)
 
     def lines(schema: type, values: Mapping[str, Any], prefix: str) -> list[str]:
         hints = typing.get_type_hints(schema)
@@ -369,11 +410,30 @@ def command_help(command: str, search: Sequence[str]) -> str:
             else:
                 value = "null" if values[item.name] is None else values[item.name]
                 value = str(value).lower() if isinstance(value, bool) else value
-                found.append(f"  {prefix}{item.name}={value}\n      {item.metadata['meaning']}")
+                may_be = allowed(hints[item.name], item.metadata)
+                found.append(f"  {prefix}{item.name}={value}    ({may_be})\n      {item.metadata['meaning']}")
         return found
 
-    title = f"python -m blipdiff_train {command} key=value …    {COMMANDS[command]}\n\n"
-    return title + "\n".join(lines(schema_of(command, plain), plain, ""))
+    parts = [f"python -m blipdiff_train {command} key=value …    {COMMANDS[command]}"]
+    files = _files(command, search)
+    if files:
+        parts.append("files, each of which sets many of the keys below (--cfg shows the result)\n" + "\n".join(files))
+    parts.append("keys\n" + "\n".join(lines(schema_of(command, plain), plain, "")))
+    return "\n\n".join(parts)
+
+
+def _files(command: str, search: Sequence[str]) -> list[str]:
+    """A line for each configuration file that can be chosen, with the first line of its comment."""
+    if command not in WITH_GROUPS:
+        return []
+    found = []
+    for group in ("stage", "model", "data", "trainer", "logger", "experiment"):
+        for choice in _choices(command, group, search) or []:
+            folders = [config_folder(command), *map(Path, search)]
+            file = next(path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file())
+            comments = (line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+            found.append(f"  {f'{group}={choice}':24}  {next((line for line in comments if line[0] != '@'), '')}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -381,17 +441,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from blipdiff_train.config import ConfigError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if len(arguments) > 1 and arguments[0] in HELP_WORDS:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in HELP_WORDS:
         print(HELP.format(commands="\n".join(f"  {name:10}{meaning}" for name, meaning in COMMANDS.items())))
         return 0
     try:
         command, rest = split_command(arguments)
         flags, tokens, search = _flags(rest)
         if "--help" in flags:
-            print(command_help(command, search))
+            print(command_help(command, tokens, search))
             return 0
         if "--multirun" in flags:
-            return sweep(command, tokens, search)
+            return sweep(command, tokens, search, only_show="--cfg" in flags)
         plain = compose(command, tokens, search)
     except ConfigError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -399,16 +461,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{count} problem{'s' if count > 1 else ''} with the arguments:\n{error}", file=sys.stderr)
         return 2
     if "--cfg" in flags:
-        import yaml
-
-        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
+        print(as_yaml(plain), end="")
         return 0
     return run(command, plain)
 
 
+def as_yaml(plain: Mapping[str, Any]) -> str:
+    """A composed configuration as it would stand in one file."""
+    import yaml
+
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
 def _flags(tokens: Sequence[str]) -> tuple[set[str], list[str], list[str]]:
     """Flags, overrides, and the folders given with ``--config-dir``."""
-    from blipdiff_train.config import ConfigError, Problem
+    from blipdiff_train.config import ConfigError, Problem, nearest
 
     names = {
         "-m": "--multirun",
@@ -425,16 +492,16 @@ def _flags(tokens: Sequence[str]) -> tuple[set[str], list[str], list[str]]:
     for token in rest:
         if token in names:
             flags.add(names[token])
-        elif token in ("--config-dir", "-cd"):
-            folder = next(rest, None)
+        elif token.partition("=")[0] in ("--config-dir", "-cd"):
+            folder = token.partition("=")[2] or next(rest, None)
             if folder is None or not Path(folder).is_dir():
                 problems.append(Problem("--config-dir", f"{folder!r} is not a folder"))
             else:
                 search.append(folder)
         elif token.startswith("-"):
-            problems.append(
-                Problem(token, "no such flag (allowed: --help, --multirun or -m, --cfg, --config-dir)")
-            )
+            hint = nearest(token, [*names, "--config-dir"]) or as_override(token, tokens[tokens.index(token) + 1 :])
+            allowed = "--help, --multirun or -m, --cfg, --config-dir"
+            problems.append(Problem(token, f"no such flag{hint} (allowed: {allowed})"))
         else:
             overrides.append(quote_stage(token))
     if problems:

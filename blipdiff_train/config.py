@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -109,7 +109,9 @@ class TrainerSettings:
     num_nodes: int = key("machines", low=1)
     strategy: Literal["auto", "ddp"] = key("auto: ddp as soon as there is more than one process")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = key("arithmetic of the trained parts")
-    frozen_precision: Literal["32", "bf16", "16"] = key("arithmetic of the frozen parts")
+    frozen_precision: Literal["32", "bf16", "16"] = key(
+        "arithmetic of image tower and VAE, which never train; the model folder keeps their own numbers"
+    )
     max_micro_batch: int = key(
         "largest number of samples a device takes at once; accumulation makes up the rest of global_batch_size",
         low=1,
@@ -399,14 +401,19 @@ def leaf_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from leaf_keys(hints[item.name], f"{prefix}{item.name}.")
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A hint at the known names most like ``name``, empty if none is."""
-    by_last = {item.rsplit(".", 1)[-1]: item for item in known}
-    candidates = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    last = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), n=2, cutoff=0.75)
-    candidates += [by_last[item] for item in last]
-    unique = list(dict.fromkeys(candidates))
-    return f"; did you mean {' or '.join(unique[:3])}?" if unique else ""
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at the known names most like ``name``, at most three of about the same likeness; empty if none is."""
+
+    def likeness(item: str) -> float:
+        # a right key under the wrong group is likely too: lr, optimizer.lr
+        last = difflib.SequenceMatcher(None, name.rsplit(".", 1)[-1], item.rsplit(".", 1)[-1]).ratio()
+        whole = difflib.SequenceMatcher(None, name, item).ratio()
+        begun = len(name) > 1 and item.startswith(name)
+        return max(whole if whole >= 0.6 else 0.0, 0.95 * last if last >= 0.75 else 0.0, 0.9 * begun)
+
+    by_likeness = sorted(((likeness(item), item) for item in known), key=lambda pair: -pair[0])
+    close = [item for value, item in by_likeness[:3] if value > 0.0 and value >= by_likeness[0][0] - 0.1]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def unknown_key(name: str, schema: type) -> Problem:
@@ -459,15 +466,33 @@ def _unknown_in(prefix: str, name: str, known: Mapping[str, Any]) -> Problem:
 def _check_value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> tuple[Any, Problem | None]:
     good, value = _convert(value, hint)
     if not good:
-        return None, Problem(name, f"{value!r} is not {_describe(hint)} ({metadata['meaning']})")
+        near = nearest(str(value), _words(hint))
+        return None, Problem(name, f"{value!r} is not {_describe(hint)}{near} ({metadata['meaning']})")
     low, high, above = metadata["low"], metadata["high"], metadata["above"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        bounds = (("≥", low), (">", above), ("≤", high))
-        limits = [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
         too_low = (low is not None and not value >= low) or (above is not None and not value > above)
         if too_low or (high is not None and not value <= high):
-            return None, Problem(name, f"{value!r} must be {' and '.join(limits)} ({metadata['meaning']})")
+            return None, Problem(name, f"{value!r} must be {_limits(metadata)} ({metadata['meaning']})")
     return value, None
+
+
+def _limits(metadata: Mapping[str, Any]) -> str:
+    """The limits of a key in words, empty without any."""
+    bounds = (("≥", metadata["low"]), (">", metadata["above"]), ("≤", metadata["high"]))
+    return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """What a key may be set to, in words: its type and its limits."""
+    limits = _limits(metadata)
+    return _describe(hint) + (f", {limits}" if limits else "")
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that an annotation allows."""
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    return [word for option in get_args(hint) for word in _words(option)]
 
 
 def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -589,8 +614,13 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
     """Combinations that cannot work, all of them."""
     problems: list[Problem] = []
     optim, trainer, data = config.optim, config.trainer, config.data
-    accelerator, devices, device_problems = resolve_devices(trainer)
-    problems += device_problems
+    devices, on_cpu = trainer.devices, trainer.accelerator == "cpu"
+    in_half = trainer.precision == "16-mixed" or trainer.frozen_precision == "16"
+    if devices != 1 or trainer.accelerator == "gpu" or in_half:
+        # counting GPUs imports torch, which takes seconds: only where the count decides something
+        accelerator, devices, device_problems = resolve_devices(trainer)
+        problems += device_problems
+        on_cpu = accelerator == "cpu"
     try:
         plan_batches(
             config.global_batch_size,
@@ -631,11 +661,11 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
         problems.append(
             Problem("data.shards", "is null; name the training tars, e.g. data.shards=path/to/folder")
         )
-    if accelerator == "cpu" and trainer.precision == "16-mixed":
+    if on_cpu and trainer.precision == "16-mixed":
         problems.append(
             Problem("trainer.precision", "16-mixed needs a GPU; on the CPU use 32-true or bf16-mixed")
         )
-    if accelerator == "cpu" and trainer.frozen_precision == "16":
+    if on_cpu and trainer.frozen_precision == "16":
         problems.append(Problem("trainer.frozen_precision", "16 needs a GPU; on the CPU use 32 or bf16"))
     if isinstance(config, Stage2Config):
         scale = config.augmentation.subject_scale

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import tiny
+import yaml
 
 from blipdiff_train import __main__ as cli
 
@@ -20,6 +21,7 @@ from blipdiff_train import __main__ as cli
         ("+stage=2", "+stage='2'"),
         ("stage='1'", "stage='1'"),
         ("stage='1','2'", "stage='1','2'"),
+        ("stage=choice(1,2)", "stage=choice('1','2')"),
         ("seed=1", "seed=1"),
         ("model.stage1=1", "model.stage1=1"),
     ],
@@ -48,12 +50,37 @@ def test_a_misspelt_command(capsys):
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
 
 
-def test_a_misspelt_flag(capsys):
-    assert cli.main(["train", "--multi"]) == 2
-    assert (
-        "--multi: no such flag (allowed: --help, --multirun or -m, --cfg, --config-dir)"
-        in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "--multi"], "--multi: no such flag; did you mean --multirun? (allowed: --help, --multirun or -m, "),
+        (["--stage=1"], "--stage=1: no such flag; write stage=1 "),
+        (["--stage", "2"], "--stage: no such flag; write stage=2 "),
+        (["train", "--total-steps", "9"], "--total-steps: no such flag; write total_steps=9 "),
+        (["stage", "1"], "no command 'stage'; write stage=1 "),
+        (["--config-dir=nowhere"], "--config-dir: 'nowhere' is not a folder"),
+    ],
+)
+def test_the_way_other_programs_are_called_gets_a_hint(arguments, hint, capsys):
+    assert cli.main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["train"], []])
+def test_wrong_arguments_are_answered_before_anything_heavy_is_imported(words):
+    """In a process of its own, which says at its end whether torch was imported."""
+    script = (
+        "import sys; from blipdiff_train.__main__ import main; code = main(); "
+        "print(code, [name for name in ('torch', 'transformers', 'diffusers') if name in sys.modules])"
     )
+    wrong = [*words, "stage=2", "optim.lrr=1", "total_steps=many", "trainer.precision=bf16"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *wrong], capture_output=True, text=True, cwd=tiny.REPOSITORY, check=True
+    )
+    assert done.stdout == "2 []\n", done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[0] == "3 problems with the arguments:"
+    assert [line.split(":")[0] for line in lines[1:]] == ["  - optim.lrr", "  - total_steps", "  - trainer.precision"]
 
 
 def test_only_the_first_process_complains(monkeypatch, capsys):
@@ -75,6 +102,27 @@ def test_help_names_the_commands_and_is_quick(capsys):
     )
     # under 0.3 s on an idle machine; the limit is for a busy one
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("arguments", [["help", "doctor"], ["--help", "doctor"], ["doctor", "-h"]])
+def test_help_of_a_command(arguments, capsys):
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("python -m blipdiff_train doctor key=value")
+    assert "  depth=sample    (one of sample, full)\n" in text
+
+
+def test_help_says_what_is_allowed_and_follows_the_overrides(capsys):
+    assert cli.main(["stage=2", "trainer=cpu", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  subject.template=release    (one of release, paper)\n" in text
+    assert "  trainer.accelerator=cpu    (one of auto, cpu, gpu)\n" in text
+    assert "  every.log=10    (a whole number, ≥ 1)\n" in text
+    assert "loss.itc" not in text  # stage 1's
+    # each file that can be chosen is named and says what it is
+    for file in sorted((tiny.REPOSITORY / "configs").glob("[sdtmle]*/*.yaml")):
+        line = next(line for line in text.splitlines() if line.startswith(f"  {file.parent.name}={file.stem} "))
+        assert len(line.split(maxsplit=1)[1]) > 20, line
 
 
 def test_cfg_prints_what_would_run(capsys):
@@ -122,6 +170,34 @@ def test_a_sweep_over_stages_continues_single_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_run_child", lambda arguments: children.append(arguments) or 0)
     assert cli.main(["-m", "stage=1,2", f"output_dir={tmp_path}"]) == 0
     assert [child[3:5] for child in children] == [["train", "stage='1'"], ["train", "stage='2'"]]
+
+
+def test_cfg_of_a_sweep_shows_its_jobs_and_runs_none(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_run_child", lambda arguments: pytest.fail("a job was started"))
+    assert cli.main(["-m", "stage=2", "optim.lr=1e-4,3e-4", "--cfg"]) == 0
+    first, *jobs = yaml.safe_load_all(capsys.readouterr().out)
+    assert first == "2 jobs over optim.lr"
+    assert [(job["stage"], job["optim"]["lr"], job["name"]) for job in jobs] == [
+        (2, 1e-4, "default/optim.lr=0.0001"),
+        (2, 3e-4, "default/optim.lr=0.0003"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "seed=1,2", "hydra/launcher=slrum"], "Could not find 'hydra/launcher/slrum' (allowed: basic, slurm"),
+        (["-m", "seed=1,2", "hydra.lancher.x=1"], "hydra.lancher.x=1: Could not override 'hydra.lancher.x'"),
+        (["-m", "seed=1,2", "optim.lr=[1"], "optim.lr=[1: cannot be read"),
+        (["seed=1", "hydra/launcher=slurm"], "hydra/launcher: is a setting of sweeps"),
+        (["seed=1", "hydra.launcher.partition=gpu"], "hydra.launcher.partition: is a setting of sweeps"),
+        (["~model"], "model: there is no null (allowed: sd15, toy)"),
+        (["model=null"], "model: there is no null (allowed: sd15, toy)"),
+    ],
+)
+def test_mistakes_in_what_hydra_reads_are_problems_too(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_an_interrupted_job_ends_the_sweep(monkeypatch, tmp_path):

@@ -105,6 +105,11 @@ def test_all_errors_at_once():
     [
         ("stage=3", "stage", "allowed: 1, 2"),
         ("trainer.precision=8", "trainer.precision", "one of 32-true, bf16-mixed, 16-mixed"),
+        ("trainer.precision=bf16", "trainer.precision", "; did you mean bf16-mixed?"),
+        ("optim.schedule=cosin", "optim.schedule", "one of cosine, constant; did you mean cosine?"),
+        ("trainer.precison=32-true", "trainer.precison", "; did you mean trainer.precision? (here"),
+        ("trainer.precision=16-mixed", "trainer.precision", "on the CPU use 32-true or bf16-mixed"),
+        ("trainer.frozen_precision=16", "trainer.frozen_precision", "on the CPU use 32 or bf16"),
         ("trainer.accelerator=tpu", "trainer.accelerator", "one of auto, cpu, gpu"),
         ("optim.lr=fast", "optim.lr", "'fast' is not a number"),
         ("optim.lr=0", "optim.lr", "must be > 0"),
@@ -181,6 +186,6 @@ def test_every_key_says_what_it_means():
             for name in config.leaf_keys(config.schema_of(command, {"stage": stage})):
                 assert name
     for command in cli.COMMANDS:
-        text = cli.command_help(command, [])
+        text = cli.command_help(command, [], [])
         assert "=" in text
-        assert all(line.strip() for line in text.splitlines()[2:])
+        assert all(line.strip() for line in text.split("\nkeys\n")[1].splitlines())
