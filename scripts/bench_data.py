@@ -33,6 +33,7 @@ from blipdiff_train.common.images import load_image
 from blipdiff_train.common.rng import numpy_generator
 from blipdiff_train.data.datamodule import ShardDataModule, init_worker
 from blipdiff_train.data.order import EpochOrder
+from blipdiff_train.data.pixels import Normalisation
 from blipdiff_train.data.samples import background_record, collate_stage2, stage2_record
 from blipdiff_train.data.shards import ShardSet, write_shards
 from blipdiff_train.data.transforms import PHOTO_SUFFIXES
@@ -143,7 +144,8 @@ def bench_stage2(folder: Path, *, num_samples: int, rounds: int, batch_size: int
         files[position] += [data for suffix, data in backgrounds.read(drawn).items() if suffix in PHOTO_SUFFIXES]
 
     def batch(chunk: int) -> None:
-        collate_stage2([dataset[position] for position in range(chunk * batch_size, (chunk + 1) * batch_size)])
+        positions = range(chunk * batch_size, (chunk + 1) * batch_size)
+        collate_stage2([dataset[position] for position in positions], Normalisation())
 
     def decoding(chunk: int) -> None:
         for position in range(chunk * batch_size, (chunk + 1) * batch_size):

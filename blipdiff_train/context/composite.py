@@ -12,8 +12,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the subject's bounding box lands on the canvas: its top-left corner and size in pixels, mirrored or not."""
+    """Where the subject's bounding box lands on the canvas: its top-left corner and size in pixels, mirrored or not.
 
+    ``box`` is the part of the photograph that lands there: left, top, width, height.
+    """
+
+    box: tuple[int, int, int, int]
     left: int
     top: int
     width: int
@@ -99,6 +103,7 @@ def sample_placement(
     if flip:
         cut_left, cut_right = cut_right, cut_left
     return Placement(
+        box=(left, top, width, height),
         left=_offset(size_px - new_width, draw_left, cut_left, cut_right),
         top=_offset(size_px - new_height, draw_top, top == 0, top + height == rows),
         width=new_width,
@@ -155,10 +160,12 @@ def place(
     """The subject's bounding box, resized and mirrored to ``placement``, on a copy of ``canvas`` (S S 3 uint8)."""
     if foreground.shape != (*alpha_matte.shape, 3):
         raise ValueError(f"foreground {foreground.shape}, alpha matte {alpha_matte.shape}: expected (H W 3) and (H W)")
-    left, top, width, height = subject_box(alpha_matte)
+    left, top, width, height = placement.box
     box = np.s_[top : top + height, left : left + width]
     # colours and matte are resized in one go: four channels cost what three do
-    small = _resize(cv2.merge([foreground[box], alpha_matte[box]]), placement.width, placement.height)
+    both = cv2.cvtColor(foreground[box], cv2.COLOR_RGB2RGBA)
+    cv2.insertChannel(alpha_matte[box], both, 3)
+    small = _resize(both, placement.width, placement.height)
     small = cv2.flip(small, 1) if placement.flip else small
     small_foreground, small_alpha = cv2.cvtColor(small, cv2.COLOR_RGBA2RGB), cv2.extractChannel(small, 3)
     target = np.s_[placement.top : placement.top + placement.height, placement.left : placement.left + placement.width]

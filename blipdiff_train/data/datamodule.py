@@ -22,9 +22,10 @@ from blipdiff_train.data.cache import ShardCache
 from blipdiff_train.data.dataset import PositionDataset
 from blipdiff_train.data.faults import FaultMonitor
 from blipdiff_train.data.order import EpochOrder, MixedOrder, PositionSampler, accumulation
+from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, Normalisation
 from blipdiff_train.data.samples import Stage1Batch, Stage2Batch, collate_stage1, collate_stage2
 from blipdiff_train.data.shards import SampleError, ShardSet
-from blipdiff_train.data.transforms import CLIP_MEAN, CLIP_STD, Normalisation, Stage1Transform, Stage2Transform
+from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +125,8 @@ class ShardDataModule(LightningDataModule):
         self._mixture = _as_mixture(shards)
         self._backgrounds, self._val_shards = backgrounds, val_shards
         self._val_backgrounds = val_backgrounds if val_backgrounds is not None else backgrounds
-        normalisation = Normalisation(tuple(image_mean), tuple(image_std))
-        common = {"seed": seed, "image_size": image_size, "normalisation": normalisation, "max_pixels": max_pixels}
+        self.normalisation = Normalisation(tuple(image_mean), tuple(image_std))
+        common = {"seed": seed, "image_size": image_size, "max_pixels": max_pixels}
         if stage == 1:
             self._transform = functools.partial(
                 Stage1Transform, min_crop_scale=min_crop_scale, flip_probability=flip_prob, **common
@@ -266,7 +267,9 @@ class ShardDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate_stage1 if self.stage == 1 else collate_stage2,
+            collate_fn=functools.partial(
+                collate_stage1 if self.stage == 1 else collate_stage2, normalisation=self.normalisation
+            ),
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             # a loader draws a seed for its workers from the global generator; nothing here uses it, so keep it apart

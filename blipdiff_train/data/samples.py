@@ -1,6 +1,8 @@
 """What a stage receives: typed samples and batches, and the records they are written as.
 
 Letters: B batch, S side of the subject image, H W target image, C h w latent.
+
+A sample's images are bytes, as they were decoded; they become floats where the batch is put together.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blipdiff_train.data.pixels import TARGET, Normalisation
+
 
 @dataclass
 class Stage1Sample:
-    """One photograph with its caption; fields as in :class:`Stage1Batch`, without the batch axis."""
+    """One photograph (S S 3 uint8) with its caption; other fields as in :class:`Stage1Batch`."""
 
-    image: Tensor
+    image: np.ndarray
     caption: str
     image_id: int
     key: str
@@ -30,10 +34,10 @@ class Stage1Sample:
 
 @dataclass
 class Stage2Sample:
-    """One subject with the picture to draw; fields as in :class:`Stage2Batch`, without the batch axis."""
+    """One subject (S S 3 uint8) with the picture to draw (H W 3 uint8); other fields as in :class:`Stage2Batch`."""
 
-    subject_image: Tensor
-    target_image: Tensor | None
+    subject_image: np.ndarray
+    target_image: np.ndarray | None
     latent_moments: Tensor | None
     subject_text: str
     prompt: str
@@ -111,10 +115,10 @@ class Stage2Batch(_Batch):
     faults: dict[str, int] = field(default_factory=dict)
 
 
-def collate_stage1(samples: Sequence[Stage1Sample]) -> Stage1Batch:
-    """Stack samples into a batch."""
+def collate_stage1(samples: Sequence[Stage1Sample], normalisation: Normalisation) -> Stage1Batch:
+    """Samples as a batch, images normalised for the image tower."""
     return Stage1Batch(
-        image=torch.stack([sample.image for sample in samples]),
+        image=normalisation([sample.image for sample in samples]),
         caption=[sample.caption for sample in samples],
         image_id=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         keys=[sample.key for sample in samples],
@@ -123,12 +127,14 @@ def collate_stage1(samples: Sequence[Stage1Sample]) -> Stage1Batch:
     )
 
 
-def collate_stage2(samples: Sequence[Stage2Sample]) -> Stage2Batch:
-    """Stack samples into a batch; they all have target images or all have latent moments."""
+def collate_stage2(samples: Sequence[Stage2Sample], normalisation: Normalisation) -> Stage2Batch:
+    """Samples as a batch, subjects normalised for the image tower; all have target images or all latent moments."""
+    targets = [sample.target_image for sample in samples]
+    moments = [sample.latent_moments for sample in samples]
     return Stage2Batch(
-        subject_image=torch.stack([sample.subject_image for sample in samples]),
-        target_image=_stack_or_none([sample.target_image for sample in samples]),
-        latent_moments=_stack_or_none([sample.latent_moments for sample in samples]),
+        subject_image=normalisation([sample.subject_image for sample in samples]),
+        target_image=None if targets[0] is None else TARGET(targets),
+        latent_moments=None if moments[0] is None else torch.stack(moments),
         subject_text=[sample.subject_text for sample in samples],
         prompt=[sample.prompt for sample in samples],
         subject_dropped=torch.tensor([sample.subject_dropped for sample in samples], dtype=torch.bool),
@@ -137,10 +143,6 @@ def collate_stage2(samples: Sequence[Stage2Sample]) -> Stage2Batch:
         positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
         faults=_count_faults(samples),
     )
-
-
-def _stack_or_none(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    return None if tensors[0] is None else torch.stack(tensors)
 
 
 def _count_faults(samples: Sequence[Stage1Sample | Stage2Sample]) -> dict[str, int]:

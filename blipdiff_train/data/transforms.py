@@ -1,4 +1,4 @@
-"""From a record's bytes to tensors; everything random is drawn from (seed, purpose, position).
+"""From a record's bytes to a sample; everything random is drawn from (seed, purpose, position).
 
 Resizing is bicubic with antialiasing, as the reference's (golden notes 32 and 33), by torch's uint8 kernel: within one
 grey level of Pillow's and several times as fast.
@@ -26,20 +26,17 @@ from blipdiff_train.context import composite
 from blipdiff_train.data.samples import Stage1Sample, Stage2Sample
 from blipdiff_train.data.shards import SampleError, ShardSet
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Golden note 32; a model folder's ``image_processor`` overrides them."""
-
 PHOTO_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FOREGROUND_SUFFIXES = ("fg.jpg", "fg.png")
 ALPHA_SUFFIX = "alpha.png"
 LATENT_SUFFIX = "latent.npy"
 
 _BACKGROUND_DRAWS = 8
-_REDUCED_2, _REDUCED_4, _REDUCED_8 = (
-    cv2.IMREAD_REDUCED_COLOR_2,
-    cv2.IMREAD_REDUCED_COLOR_4,
-    cv2.IMREAD_REDUCED_COLOR_8,
+# to be added to a colour flag: the "grey" ones are the bare factor, the "colour" ones would also ask for BGR
+_REDUCED = (
+    (8, cv2.IMREAD_REDUCED_GRAYSCALE_8),
+    (4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
+    (2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
 )
 _EXIF_ORIENTATION = 0x0112
 
@@ -132,18 +129,16 @@ def _decode_plain(data: bytes, image: Image.Image, mode: str, shrink_to: int | N
         return None
     if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         return None
-    flags = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR
     if mode == "L" and image.mode != "L":
         return None  # the two libraries weigh the colours differently
+    flags = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR_RGB
     if shrink_to is not None and image.format == "JPEG" and mode == "RGB":
-        for factor, reduced in ((8, _REDUCED_8), (4, _REDUCED_4), (2, _REDUCED_2)):
-            if min(image.size) >= factor * shrink_to:
-                flags = reduced
-                break
+        fitting = (reduced for factor, reduced in _REDUCED if min(image.size) >= factor * shrink_to)
+        flags |= next(fitting, 0)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise OSError("truncated or corrupt")
-    return pixels if mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    return pixels
 
 
 def read_info(record: Record) -> dict[str, object]:
@@ -221,7 +216,7 @@ def _name(record: Record, suffix: str | None = None) -> str:
     return f"{record.get('__shard__', 'record')}: {record.get('__key__', '?')}" + (f".{suffix}" if suffix else "")
 
 
-# -------------------------------------------------------------------------------------------------- arrays to tensors
+# --------------------------------------------------------------------------------------------------- arrays to arrays
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -261,33 +256,6 @@ def random_resized_crop(image: np.ndarray, size: int, generator: np.random.Gener
     return resize_and_crop(image, size)
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """(x / 255 − mean) / std of each channel."""
-
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        """H W 3 uint8 → (3, H, W) float32."""
-        scale = [1 / (255 * std) for std in self.std]
-        shift = [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
-        return _planes(image, scale, shift)
-
-
-def to_target(image: np.ndarray) -> Tensor:
-    """H W 3 uint8 → (3, H, W) float32 in [-1, 1]."""
-    return _planes(image, [1 / 127.5] * 3, [-1.0] * 3)
-
-
-def _planes(image: np.ndarray, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
-    """Each channel times its scale plus its shift; a third of the time of torch's permute and copy."""
-    planes = np.empty((3, *image.shape[:2]), np.float32)
-    for number, channel in enumerate(cv2.split(image)):
-        cv2.addWeighted(channel, scale[number], channel, 0.0, shift[number], dst=planes[number], dtype=cv2.CV_32F)
-    return torch.from_numpy(planes)
-
-
 def drawn_background(size: int, generator: np.random.Generator) -> np.ndarray:
     """A background for when there are no photographs of any: one colour, or soft blotches. ``size size 3`` uint8."""
     cells = (1, 2, 4, 8)[int(generator.integers(4))]
@@ -309,7 +277,6 @@ class Stage1Transform:
         min_crop_scale: smallest share of the photograph's area in a training crop; 1 takes the middle as in validation.
             LAVIS trains with 0.5.
         flip_probability: of a left-right mirroring in training; LAVIS 0.5.
-        normalisation: of the image tower.
         max_pixels: see :func:`decode_photo`.
     """
 
@@ -318,7 +285,6 @@ class Stage1Transform:
     train: bool = True
     min_crop_scale: float = 0.5
     flip_probability: float = 0.5
-    normalisation: Normalisation = Normalisation()
     max_pixels: int = MAX_PIXELS
 
     suffixes = (*PHOTO_SUFFIXES, "json", "txt")
@@ -339,7 +305,7 @@ class Stage1Transform:
         else:
             image = resize_and_crop(image, self.image_size)
         return Stage1Sample(
-            image=self.normalisation(image),
+            image=image,
             caption=caption,
             image_id=image_number(record, info),
             key=str(record["__key__"]),
@@ -363,7 +329,6 @@ class Stage2Transform:
         subject_scale: range of the subject's longest side as a share of the canvas.
         flip_probability: of mirroring the subject on its background; the target is never mirrored.
         latent_key: hash of VAE and transform; cached moments take the target's place when it is given.
-        normalisation: of the image tower.
         max_pixels: see :func:`decode_photo`.
     """
 
@@ -378,7 +343,6 @@ class Stage2Transform:
     subject_scale: tuple[float, float] = (0.5, 0.95)
     flip_probability: float = 0.5
     latent_key: str | None = None
-    normalisation: Normalisation = Normalisation()
     max_pixels: int = MAX_PIXELS
 
     @property
@@ -411,7 +375,7 @@ class Stage2Transform:
         if self.latent_key is None:
             random_crop = self.train and self.random_target_crop
             crop = numpy_generator(self.seed, "target_crop", position) if random_crop else None
-            target_image = to_target(resize_and_crop(photo, self.target_size, crop))
+            target_image = resize_and_crop(photo, self.target_size, crop)
         else:
             latent_moments = decode_latent(record, info, self.latent_key)
 
@@ -428,7 +392,7 @@ class Stage2Transform:
             position=position,
         )
 
-    def _subject_image(self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int) -> Tensor:
+    def _subject_image(self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int) -> np.ndarray:
         if alpha_matte.shape != foreground.shape[:2]:  # the photograph was decoded at a fraction
             alpha_matte = cv2.resize(alpha_matte, foreground.shape[1::-1], interpolation=cv2.INTER_AREA)
         blended, _ = composite.blend_on_background(
@@ -440,7 +404,7 @@ class Stage2Transform:
             scale=self.subject_scale,
             flip_probability=self.flip_probability,
         )
-        return self.normalisation(resize(blended, self.image_size, self.image_size))
+        return resize(blended, self.image_size, self.image_size)
 
     def _background(self, position: int) -> np.ndarray:
         """A photograph, or a drawn background when there are none or eight in a row are bad."""

@@ -20,8 +20,9 @@ from blipdiff_train.common.files import atomic_path, write_json
 from blipdiff_train.context.rejection import Rejection
 from blipdiff_train.context.segmentation import CLIPSegSegmenter
 from blipdiff_train.data import toybox
+from blipdiff_train.data.pixels import Normalisation
 from blipdiff_train.data.samples import Stage1Batch
-from blipdiff_train.data.transforms import Normalisation, resize_and_crop
+from blipdiff_train.data.transforms import resize_and_crop
 from blipdiff_train.evaluation.prompt_fidelity import ClipScorer
 from blipdiff_train.evaluation.toybox_subjects import SubjectReport, contact_sheet, evaluate_subjects
 from blipdiff_train.inference.pipeline import SubjectPipeline
@@ -133,7 +134,7 @@ def evaluate_alignment(
         positions = range(number * batch_size, min(count, (number + 1) * batch_size))
         samples = [toybox.sample(position, split="heldout", size=parts.image_size, seed=seed) for position in positions]
         batch = Stage1Batch(
-            image=torch.stack([normalise(resize_and_crop(sample.image, parts.image_size)) for sample in samples]),
+            image=normalise([resize_and_crop(sample.image, parts.image_size) for sample in samples]),
             caption=[sample.caption for sample in samples],
             image_id=torch.tensor(list(positions)),
             keys=[sample.key for sample in samples],

@@ -16,9 +16,10 @@ from PIL import Image
 from shard_makers import annotated, disc, picture
 
 from blipdiff_train.data import transforms
+from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, TARGET, Normalisation
 from blipdiff_train.data.samples import stage2_record
 from blipdiff_train.data.shards import SampleError
-from blipdiff_train.data.transforms import Normalisation, Stage1Transform, Stage2Transform, decode_photo
+from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform, decode_photo
 
 
 def encode(image, kind, **options):
@@ -43,14 +44,19 @@ def test_resize_and_crop_is_pillows_within_a_grey_level(size):
     assert np.abs(transforms.resize_and_crop(image, 64).astype(int) - expected).max() <= 1
 
 
-def test_normalisation_is_clips():
-    image = picture(1)
-    expected = (torch.from_numpy(image).permute(2, 0, 1) / 255 - torch.tensor(transforms.CLIP_MEAN)[:, None, None]) / (
-        torch.tensor(transforms.CLIP_STD)[:, None, None]
-    )
-    torch.testing.assert_close(Normalisation()(image), expected, atol=2e-6, rtol=1e-6)
-    target = transforms.to_target(np.stack([np.full((2, 2), value, np.uint8) for value in (0, 51, 255)], axis=2))
-    torch.testing.assert_close(target[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+def test_a_batch_is_normalised_as_clips_each_image_alone_like_with_others():
+    images = [picture(1), picture(2)[:, ::-1], picture(3, 96, 128)[::2, ::2]]  # views, as crops and mirrorings are
+    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+    batch = Normalisation()(images)
+    assert batch.shape == (3, 3, 48, 64)
+    for image, row in zip(images, batch, strict=True):
+        expected = (torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 - mean) / std
+        torch.testing.assert_close(row, expected, atol=2e-6, rtol=1e-6)
+        assert torch.equal(Normalisation()([image])[0], row)
+    target = TARGET([np.stack([np.full((2, 2), value, np.uint8) for value in (0, 51, 255)], axis=2)])
+    torch.testing.assert_close(target[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+    with pytest.raises(ValueError, match="expected one size"):
+        TARGET([picture(1), picture(2, 10, 10)])
 
 
 @pytest.mark.parametrize(
@@ -174,29 +180,27 @@ def test_stage2_puts_the_subject_on_another_background_and_keeps_the_target():
     image[alpha == 255] = (10, 200, 10)
     sample = stage2_record("k", image, alpha, subject="dog", caption="a green dog", prompt="a dog")
     sample["json"] = b'{"caption": "a green dog", "subject": "dog", "prompt": "a dog"}'
-    transform = Stage2Transform(
-        image_size=32, target_size=40, seed=3, normalisation=Normalisation((0, 0, 0), (1, 1, 1))
-    )
+    transform = Stage2Transform(image_size=32, target_size=40, seed=3)
     result = transform(sample, 5)
     assert (result.prompt, result.caption, result.subject_text) == ("a dog", "a green dog", "dog")
-    torch.testing.assert_close(result.target_image, transforms.to_target(image))
-    pixels = (result.subject_image * 255).round().permute(1, 2, 0).reshape(-1, 3)
-    assert ((pixels - torch.tensor([10.0, 200, 10])).abs().amax(1) <= 2).float().mean() > 0.2
-    assert ((pixels - torch.tensor([200.0, 10, 10])).abs().amax(1) <= 40).float().mean() < 0.05
-    assert torch.equal(transform(sample, 5).subject_image, result.subject_image)
-    assert not torch.equal(transform(sample, 6).subject_image, result.subject_image)
+    assert np.array_equal(result.target_image, image)
+    pixels = result.subject_image.reshape(-1, 3).astype(int)
+    assert (np.abs(pixels - (10, 200, 10)).max(1) <= 2).mean() > 0.2
+    assert (np.abs(pixels - (200, 10, 10)).max(1) <= 40).mean() < 0.05
+    assert np.array_equal(transform(sample, 5).subject_image, result.subject_image)
+    assert not np.array_equal(transform(sample, 6).subject_image, result.subject_image)
 
 
 def test_stage1_crops_at_random_in_training_and_in_the_middle_in_validation():
     sample = {**annotated(2), "json": b'{"caption": " a dog ", "image_id": 7}'}
     train = Stage1Transform(image_size=16, seed=0)
     images = [train(sample, position).image for position in range(6)]
-    assert torch.equal(train(sample, 0).image, images[0])
-    assert all(not torch.equal(images[0], other) for other in images[1:])
+    assert np.array_equal(train(sample, 0).image, images[0])
+    assert all(not np.array_equal(images[0], other) for other in images[1:])
     calm = Stage1Transform(image_size=16, seed=0, train=False)
-    assert torch.equal(calm(sample, 0).image, calm(sample, 1).image)
+    assert np.array_equal(calm(sample, 0).image, calm(sample, 1).image)
     middle = Stage1Transform(image_size=16, seed=0, min_crop_scale=1.0, flip_probability=0.0)
-    assert torch.equal(middle(sample, 0).image, calm(sample, 0).image)
+    assert np.array_equal(middle(sample, 0).image, calm(sample, 0).image)
     assert calm(sample, 0).caption == "a dog"
     other = {**sample, "__key__": "another"}
     assert calm(sample, 0).image_id == calm(other, 0).image_id
