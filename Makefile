@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo test test-fast test-ray lint clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 20
@@ -31,6 +31,10 @@ test: $(STAMP) ## run all tests (about 15 minutes on 2 cores)
 
 test-fast: $(STAMP) ## run the tests that take less than ten seconds each
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow'
+
+test-ray: $(STAMP) ## install the optional Ray and test preparation on a cluster of two nodes on this machine
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	$(BIN)/python -m pytest tests/prepare/test_ray.py
 
 lint: $(STAMP) ## check the style
 	$(BIN)/python -m ruff check .

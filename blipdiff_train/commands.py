@@ -52,11 +52,12 @@ def prepare(config: PrepareConfig, plain: Mapping[str, Any]) -> int:
         photographs = f"{config.output}-photographs"
         print(f"input is null: drawing 48 toy photographs into {photographs}")
         settings["input"] = str(write_photograph_folder(photographs, 48, size=128))
-    if settings["segmenter"]["model"] is not None:
-        settings["segmenter"]["model"] = resolve(settings["segmenter"]["model"])
+    for block in ("segmenter", "captioner"):
+        if settings[block]["model"] is not None:
+            settings[block]["model"] = resolve(settings[block]["model"])
     summary = job.run(**settings)
     print(summary)
-    return 0 if summary.num_samples else 1
+    return 0 if summary.num_samples or summary.num_units_missing else 1
 
 
 def generate(config: GenerateConfig, plain: Mapping[str, Any]) -> int:

@@ -234,6 +234,15 @@ class PrepareImage:
 
 
 @dataclass(frozen=True)
+class PrepareCaptioner:
+    model: str | None = key("local folder or hub id such as Salesforce/blip2-opt-6.7b; null: no captioner")
+    batch_size: int = key("photographs a forward", low=1)
+    max_new_tokens: int = key("a longer caption is cut", low=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = key("of weights and arithmetic")
+    replace: bool = key("also caption photographs that came with a caption")
+
+
+@dataclass(frozen=True)
 class PrepareSegmenter:
     name: Literal["grabcut", "clipseg", "alpha"] = key(
         "alpha: the photograph's own alpha or a mask beside it"
@@ -295,9 +304,23 @@ class PrepareConfig:
     limit: int | None = key("first so many photographs only", low=1)
     seed: int = key("for pictures in the report; nothing in the shards is random", low=0)
     photographs_per_shard: int = key("unit of work and of resuming", low=1)
-    workers: int | None = key("processes; null: the CPU cores at hand", low=1)
-    device: str = key("of the CLIPSeg segmenter")
+    step: Literal["all", "duplicates", "shards", "report"] = key(
+        "all; or one of the three steps of a job that several machines share, see part"
+    )
+    part: str | None = key("k/n with 0 ≤ k < n: do the k-th of n shares of step=duplicates or step=shards")
+    engine: Literal["local", "ray"] = key("local: processes here; ray: a Ray cluster that is there already")
+    workers: int | None = key(
+        "CPU processes (ray: tasks at a time); null: one for each core at hand", low=1
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = key("where CLIPSeg and captioner run; auto: the GPUs, if any")
+    devices: int | None = key(
+        "processes with CLIPSeg and captioner, beside the workers; null: one for each GPU, without a GPU none: every "
+        "worker has its own",
+        low=1,
+    )
+    ray_address: str | None = key("engine=ray: host:port of the head; null: RAY_ADDRESS, or this machine's cluster")
     image: PrepareImage = key("how photographs are read and stored")
+    captioner: PrepareCaptioner = key("an image-to-text model for the samples kept; off without a model")
     segmenter: PrepareSegmenter = key("what finds the subject")
     trimap: PrepareTrimap = key("from probability to foreground, unknown, background")
     matting: PrepareMatting = key("from trimap to matte")

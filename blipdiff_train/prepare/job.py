@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ from tqdm import tqdm
 
 from blipdiff_train.common.files import write_json, write_text
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
+from blipdiff_train.prepare import local_engine
 from blipdiff_train.prepare.filters import near_duplicates
 from blipdiff_train.prepare.records import Record, list_records
 from blipdiff_train.prepare.settings import Settings, make_settings
 from blipdiff_train.prepare.work import (
     ACCOUNTS,
+    Hasher,
     Unit,
     Worker,
-    hash_photographs,
-    limit_threads,
     read_account,
+    read_hashes,
 )
 
 HASH_CHUNK = 256
@@ -38,7 +38,10 @@ HASH_CHUNK = 256
 
 @dataclass(frozen=True)
 class Summary:
-    """How a job ended. ``rejected`` counts by cause; ``seconds`` is the time of this run alone."""
+    """How a job ended. ``rejected`` counts by cause; ``seconds`` is the time of this run alone.
+
+    ``num_units_missing`` counts what other parts have not finished yet.
+    """
 
     output: str
     num_photographs: int
@@ -46,11 +49,14 @@ class Summary:
     num_shards: int
     rejected: dict[str, int]
     num_units_reused: int
+    num_units_missing: int
     seconds: float
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.rejected.items(), key=lambda c: -c[1]))
         again = f" ({self.num_units_reused} shards were there already)" if self.num_units_reused else ""
+        if self.num_units_missing:
+            again += f", {self.num_units_missing} to be made by other parts or steps"
         return (
             f"{self.num_samples} samples of {self.num_photographs} photographs in {self.num_shards} shards"
             f"{again}, {self.seconds:.0f} s → {self.output}\n"
@@ -59,10 +65,14 @@ class Summary:
 
 
 def run(*, progress: bool = True, **values: Any) -> Summary:
-    """Prepare shards; see the table in :mod:`blipdiff_train.prepare` for the settings.
+    """Prepare shards; ``python -m blipdiff_train prepare --help`` has the settings.
 
     A run that was stopped, by whatever means, continues where it was: a finished shard is not made again. The bytes of
-    shards and ``rejected.jsonl`` depend on input and settings, and not on ``workers`` or on interruptions.
+    shards and ``rejected.jsonl`` depend on input and settings, and not on the engine, on the number of processes or
+    machines, or on interruptions.
+
+    With ``step`` and ``part`` several machines share a job: first ``step=duplicates`` for every part, then
+    ``step=shards`` for every part, then ``step=report`` once.
 
     Args:
         progress: show a bar.
@@ -72,7 +82,7 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         ValueError: a setting that makes no sense, an input without photographs, or an output that holds another job.
         RuntimeError: a worker process died (out of memory?); run again to resume.
     """
-    settings = make_settings(values)
+    settings = locate(make_settings(values))
     started = time.perf_counter()
     records = list_records(
         settings.input,
@@ -82,36 +92,67 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         limit=settings.limit,
     )
     output = Path(settings.output)
-    claim_output(output, settings, records)
-    workers = settings.workers or len(os.sched_getaffinity(0))
-    duplicates = _find_duplicates(records, settings, output, workers, progress)
-    units = _split(records, duplicates, settings.photographs_per_shard)
-    accounts = {unit.index: account for unit in units if (account := read_account(output, unit.index)) is not None}
-    reused = sum(account["shard"] is not None for account in accounts.values())
-    todo = [unit for unit in units if unit.index not in accounts]
-    with _bar(len(records), sum(len(u.records) for u in units if u.index in accounts), "prepare", progress) as bar:
-        for account in _run_all(Worker, "run", (settings,), todo, workers):
-            accounts[account["unit"]] = account
-            bar.update(account["photographs"])
-    ordered = [accounts[unit.index] for unit in units]
+    with _open_engine(settings) as engine:
+        claim_output(output, settings, records)
+        duplicates = _find_duplicates(records, settings, engine, progress)
+        if duplicates is None and settings.step != "duplicates":
+            raise ValueError(f"output={output}: hashes are missing; run step=duplicates for every part first")
+        units = _split(records, duplicates or {}, settings.photographs_per_shard)
+        accounts = {unit.index: account for unit in units if (account := read_account(output, unit.index))}
+        reused = sum(account["shard"] is not None for account in accounts.values())
+        if settings.step in ("all", "shards"):
+            ours = take_share(units, settings.share())
+            todo = [unit for unit in ours if unit.index not in accounts]
+            done = sum(len(unit.records) for unit in ours) - sum(len(unit.records) for unit in todo)
+            with _bar(sum(len(unit.records) for unit in ours), done, "prepare", progress) as bar:
+                for account in engine.run_all(Worker, settings, todo, workers=engine.workers, devices=engine.devices):
+                    accounts[account["unit"]] = account
+                    bar.update(account["photographs"])
+    missing = [unit.index for unit in units if unit.index not in accounts]
+    if missing and settings.step == "report":
+        raise ValueError(
+            f"output={output}: {len(missing)} of {len(units)} shards are not there yet (first: {missing[0]}); run "
+            "step=shards for every part first"
+        )
+    ordered = [accounts[unit.index] for unit in units if unit.index in accounts]
     rejected = sorted(
         (entry for account in ordered for entry in account["rejected"]), key=lambda entry: entry["number"]
     )
-    write_text(output / "rejected.jsonl", "".join(_line(entry) for entry in rejected))
     summary = Summary(
-        output=str(output),
+        output=str(values["output"]),
         num_photographs=len(records),
         num_samples=sum(len(account["samples"]) for account in ordered),
         num_shards=sum(account["shard"] is not None for account in ordered),
         rejected=dict(Counter(entry["cause"] for entry in rejected)),
         num_units_reused=reused,
+        num_units_missing=len(missing),
         seconds=time.perf_counter() - started,
     )
+    if missing or settings.part:
+        return summary
+    write_text(output / "rejected.jsonl", "".join(_line(entry) for entry in rejected))
     if settings.report.enabled:
         from blipdiff_train.prepare.report import write_report
 
         write_report(output / "report.html", settings, records, ordered, rejected)
     return summary
+
+
+def locate(settings: Settings) -> Settings:
+    """The same settings with whole paths: a process elsewhere may have another current folder."""
+    segmenter, captioner = (
+        dataclasses.replace(block, model=str(Path(block.model).resolve()))
+        if block.model is not None and Path(block.model).is_dir()
+        else block
+        for block in (settings.segmenter, settings.captioner)
+    )
+    return dataclasses.replace(
+        settings,
+        input=str(Path(settings.input).resolve()),
+        output=str(Path(settings.output).resolve()),
+        segmenter=segmenter,
+        captioner=captioner,
+    )
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -127,7 +168,9 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
     """
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps([asdict(record), _stat(record.file)], sort_keys=True).encode())
+        # where the folder lies does not matter, what is in it does
+        facts = asdict(record) | {"file": _stat(record.file), "mask": _stat(record.mask) if record.mask else None}
+        digest.update(json.dumps(facts, sort_keys=True).encode())
     identity = json.loads(json.dumps(settings.identity(), default=list))
     plan = {"settings": identity, "photographs": len(records), "inputs": digest.hexdigest()}
     path = output / ACCOUNTS / "plan.json"
@@ -141,13 +184,15 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
         raise ValueError(
             f"output={output} holds another job: {_difference(found, plan)}. Choose another output, or overwrite=true"
         )
-    if not path.is_file() and any(output.glob("shard-*.tar")):
+    if path.is_file():
+        for old in (*output.glob("shard-[0-9]*.tar"), *output.glob(f"shard-[0-9]*.tar{INDEX_SUFFIX}")):
+            old.unlink()
+        for name in ("rejected.jsonl", "report.html"):
+            (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / ACCOUNTS, ignore_errors=True)
+    elif any(output.glob("shard-*.tar")):
         raise ValueError(f"output={output} has shards that no job of this kind made; choose another output")
-    for old in (*output.glob("shard-[0-9]*.tar"), *output.glob(f"shard-[0-9]*.tar{INDEX_SUFFIX}")):
-        old.unlink()
-    for name in ("rejected.jsonl", "report.html"):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / ACCOUNTS, ignore_errors=True)
+    # parts that start together write the same plan
     write_json(path, plan)
 
 
@@ -177,82 +222,97 @@ def _split(records: Sequence[Record], duplicates: dict[int, int], size: int) -> 
 
 
 def _find_duplicates(
-    records: Sequence[Record], settings: Settings, output: Path, workers: int, progress: bool
-) -> dict[int, int]:
-    """Number of each near-duplicate → number of the photograph it repeats; one pass over all, kept for resuming."""
+    records: Sequence[Record], settings: Settings, engine: Engine, progress: bool
+) -> dict[int, int] | None:
+    """Number of each near-duplicate → number of the photograph it repeats; one pass over all, kept for resuming.
+
+    None where the job's part is not the whole and the other parts' hashes are not all there.
+    """
     if settings.filters.duplicate_distance is None:
         return {}
-    path = output / ACCOUNTS / "hashes.json"
-    try:
-        hashes = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        hashes = None
-    if hashes is None or len(hashes) != len(records):
-        chunks = [records[start : start + HASH_CHUNK] for start in range(0, len(records), HASH_CHUNK)]
-        found: dict[int, list[int | None]] = {}
-        with _bar(len(records), 0, "look for duplicates", progress) as bar:
-            for number, part in _run_all(_Hasher, "run", (settings,), list(enumerate(chunks)), workers):
-                found[number] = part
-                bar.update(len(part))
-        hashes = [value for number in range(len(chunks)) for value in found[number]]
-        write_json(path, hashes)
+    output = Path(settings.output)
+    starts = range(0, len(records), HASH_CHUNK)
+    chunks = [(number, records[start : start + HASH_CHUNK]) for number, start in enumerate(starts)]
+    if settings.step in ("all", "duplicates"):
+        ours = take_share(chunks, settings.share())
+        todo = [chunk for chunk in ours if read_hashes(output, chunk[0], len(chunk[1])) is None]
+        done = sum(len(chunk[1]) for chunk in ours) - sum(len(chunk[1]) for chunk in todo)
+        with _bar(sum(len(chunk[1]) for chunk in ours), done, "look for duplicates", progress) as bar:
+            for _, count in engine.run_all(Hasher, settings, todo, workers=engine.workers):
+                bar.update(count)
+    hashes: list[int | None] = []
+    for number, chunk in chunks:
+        part = read_hashes(output, number, len(chunk))
+        if part is None:
+            return None
+        hashes += part
     return near_duplicates(hashes, settings.filters.duplicate_distance)
 
 
-class _Hasher:
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def run(self, task: tuple[int, Sequence[Record]]) -> tuple[int, list[int | None]]:
-        return task[0], hash_photographs(task[1], self.settings)
+def take_share(items: Sequence[Any], share: tuple[int, int]) -> Sequence[Any]:
+    """Every ``n``-th item from the ``k``-th on, for ``share`` (k, n): the n shares are all items, each once."""
+    number, count = share
+    return items[number::count]
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Engine:
+    """Where the work is done: ``run_all`` of one of the engines, and what it is given."""
 
-_worker: Any = None
-
-
-def _start_worker(make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    global _worker
-    limit_threads()
-    _worker = make(*arguments)
+    run_all: Callable[..., Iterator[Any]]
+    workers: int
+    devices: tuple[str, ...] = ()
 
 
-def _call_worker(method: str, task: Any) -> Any:
-    return getattr(_worker, method)(task)
+@contextmanager
+def _open_engine(settings: Settings) -> Iterator[Engine]:
+    if settings.engine == "ray":
+        from blipdiff_train.prepare.ray_engine import Cluster
 
-
-def _run_all(
-    make: Callable[..., Any], method: str, arguments: tuple[Any, ...], tasks: Sequence[Any], workers: int
-) -> Iterator[Any]:
-    """``make(*arguments).method(task)`` for every task, in this process or in several; results as they come."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        if tasks:
-            worker = make(*arguments)
-            yield from (getattr(worker, method)(task) for task in tasks)
+        with Cluster(settings.ray_address) as cluster:
+            # an actor is told by Ray which GPU is its own, and sees no other
+            devices = plan_devices(settings, cluster.num_gpus, "the cluster", lambda _: "cuda:0")
+            left = cluster.num_cpus - len(devices)
+            if left < 1:
+                raise ValueError(
+                    f"engine=ray: the cluster has {cluster.num_cpus} CPUs, and {len(devices)} processes with models "
+                    "leave none for the workers; lower devices"
+                )
+            yield Engine(cluster.run_all, settings.workers or left, devices)
         return
-    # spawn: a fork would copy the threads' locks of torch, numba and OpenCV in whatever state they are
-    context = multiprocessing.get_context("spawn")
-    waiting, pending = iter(tasks), set[Future]()
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(make, arguments))
-    try:
-        while True:
-            # a short queue: memory stays bounded however many tasks there are
-            while len(pending) < 2 * workers and (task := next(waiting, None)) is not None:
-                pending.add(executor.submit(_call_worker, method, task))
-            if not pending:
-                return
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died, perhaps for want of memory; use fewer workers. What is finished is kept: run the "
-            "same command again to resume"
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    devices = plan_devices(settings, _count_gpus(settings), "this machine", lambda number: f"cuda:{number}")
+    yield Engine(local_engine.run_all, settings.workers or len(os.sched_getaffinity(0)), devices)
+
+
+def _count_gpus(settings: Settings) -> int:
+    if not settings.has_models or settings.accelerator == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def plan_devices(
+    settings: Settings, num_gpus: int, where: str, name_gpu: Callable[[int], str]
+) -> tuple[str, ...]:
+    """The devices (of torch) that get a process with the models each; none: every worker has the models itself.
+
+    Raises:
+        ValueError: more devices than there are, or a GPU where there is none; says how many there are.
+    """
+    if not settings.has_models or settings.step in ("duplicates", "report"):
+        return ()
+    there = f"{where} has {num_gpus} GPU{'' if num_gpus == 1 else 's'}"
+    if settings.accelerator == "cpu" or (settings.accelerator == "auto" and num_gpus == 0):
+        if settings.devices and settings.accelerator == "auto":
+            advice = f"for {settings.devices} CPU processes with the models add accelerator=cpu"
+            raise ValueError(f"devices={settings.devices}, but {there}; {advice}")
+        return ("cpu",) * (settings.devices or 0)
+    wanted = settings.devices or num_gpus
+    if wanted > num_gpus or wanted == 0:
+        advice = f"allowed are 1 to {num_gpus}" if num_gpus else "use accelerator=cpu"
+        raise ValueError(f"accelerator={settings.accelerator}, devices={settings.devices}, but {there}; {advice}")
+    return tuple(name_gpu(number) for number in range(wanted))
 
 
 def _bar(total: int, initial: int, name: str, progress: bool) -> tqdm:

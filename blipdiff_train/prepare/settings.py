@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blipdiff_train.context.matting import ENGINES
+from blipdiff_train.context.matting import ENGINES as MATTING_ENGINES
 
 KINDS = ("subjects", "backgrounds")
+STEPS = ("all", "duplicates", "shards", "report")
+ENGINES = ("local", "ray")
+ACCELERATORS = ("auto", "cpu", "gpu")
+DTYPES = ("float32", "bfloat16", "float16")
 SEGMENTERS = ("grabcut", "clipseg", "alpha")
 FORMATS = ("jpg", "png")
 
@@ -24,6 +28,17 @@ class ImageSettings:
     max_pixels: int = 100_000_000  # an image bomb is refused on its header
     format: str = "jpg"
     jpeg_quality: int = 95
+
+
+@dataclass(frozen=True)
+class CaptionerSettings:
+    """An image-to-text model for the samples kept; with ``model`` None there is none."""
+
+    model: str | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 30  # stage 1 reads 32 tokens, the first and last of which are marks
+    dtype: str = "float32"
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class TrimapSettings:
 
 @dataclass(frozen=True)
 class MattingSettings:
-    engine: str = ENGINES[0]
+    engine: str = MATTING_ENGINES[0]
     foreground_colours: bool = True
 
 
@@ -68,7 +83,7 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole job; ``prepare/__init__.py`` has the table with meanings and units."""
+    """The whole job; ``python -m blipdiff_train prepare --help`` has the meanings and units."""
 
     input: str
     output: str
@@ -80,9 +95,16 @@ class Settings:
     limit: int | None = None
     seed: int = 0
     photographs_per_shard: int = 64
+    step: str = "all"
+    part: str | None = None
+    engine: str = "local"
     workers: int | None = None
-    device: str = "cpu"
+    accelerator: str = "auto"
+    devices: int | None = None
+    device: str = "cpu"  # of torch, for models in a worker's own process; no key of the command line
+    ray_address: str | None = None
     image: ImageSettings = field(default_factory=ImageSettings)
+    captioner: CaptionerSettings = field(default_factory=CaptionerSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
     trimap: TrimapSettings = field(default_factory=TrimapSettings)
     matting: MattingSettings = field(default_factory=MattingSettings)
@@ -92,13 +114,39 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the bytes of the shards; a job can be resumed only under the same ones."""
         values = dataclasses.asdict(self)
-        for key in ("input", "output", "overwrite", "workers", "seed", "report"):
+        for key in ("input", "output", "overwrite", "seed", "report", *HOW_IT_RUNS):
             del values[key]
         return values
+
+    @property
+    def has_models(self) -> bool:
+        """Whether anything in the job is worth an accelerator."""
+        return self.kind == "subjects" and (self.segmenter.name == "clipseg" or self.captioner.model is not None)
+
+    def share(self) -> tuple[int, int]:
+        """``part`` as (number, of how many); (0, 1) for the whole job."""
+        return parse_part(self.part) if self.part else (0, 1)
+
+
+HOW_IT_RUNS = ("step", "part", "engine", "workers", "accelerator", "devices", "device", "ray_address")
+"""Keys that decide where and when the work is done, and not its results."""
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """``"3/16"`` as (3, 16).
+
+    Raises:
+        ValueError: not two whole numbers with 0 ≤ first < second.
+    """
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"part={part!r}, expected k/n with 0 ≤ k < n, e.g. 0/16 to 15/16")
+    return int(number), int(count)
 
 
 BLOCKS = {
     "image": ImageSettings,
+    "captioner": CaptionerSettings,
     "segmenter": SegmenterSettings,
     "trimap": TrimapSettings,
     "matting": MattingSettings,
@@ -160,7 +208,24 @@ def _problems(s: Settings) -> list[str]:
     need(s.kind in KINDS, "kind", s.kind, f"one of {', '.join(KINDS)}")
     need(s.limit is None or s.limit >= 1, "limit", s.limit, "null or at least 1 photograph")
     need(s.photographs_per_shard >= 1, "photographs_per_shard", s.photographs_per_shard, "at least 1")
+    need(s.step in STEPS, "step", s.step, f"one of {', '.join(STEPS)}")
+    if s.part is not None:
+        try:
+            parse_part(s.part)
+        except ValueError as error:
+            found.append(str(error))
+        need(s.step in ("duplicates", "shards"), "step", s.step, "duplicates or shards where there is a part")
+        # each part would remove what the others have made
+        need(not s.overwrite, "overwrite", s.overwrite, "false where there is a part; remove the output by hand")
+    need(s.engine in ENGINES, "engine", s.engine, f"one of {', '.join(ENGINES)}")
     need(s.workers is None or s.workers >= 1, "workers", s.workers, "null or at least 1 process")
+    need(s.accelerator in ACCELERATORS, "accelerator", s.accelerator, f"one of {', '.join(ACCELERATORS)}")
+    need(s.devices is None or s.devices >= 1, "devices", s.devices, "null or at least 1")
+    if s.devices is not None and not s.has_models:
+        found.append(
+            f"devices={s.devices}, but nothing here runs on an accelerator: segmenter.name={s.segmenter.name}, "
+            "no captioner.model; leave devices at null"
+        )
     need(s.image.longest_side_px >= 16, "image.longest_side_px", s.image.longest_side_px, "at least 16 px")
     need(s.image.shortest_side_px >= 8, "image.shortest_side_px", s.image.shortest_side_px, "at least 8 px")
     need(s.image.max_pixels >= 1, "image.max_pixels", s.image.max_pixels, "at least 1")
@@ -171,11 +236,15 @@ def _problems(s: Settings) -> list[str]:
     if s.segmenter.name == "clipseg":
         expected = "a folder or hub id such as CIDAS/clipseg-rd64-refined"
         need(bool(s.segmenter.model), "segmenter.model", s.segmenter.model, expected)
+    need(s.captioner.batch_size >= 1, "captioner.batch_size", s.captioner.batch_size, "at least 1")
+    need(s.captioner.max_new_tokens >= 1, "captioner.max_new_tokens", s.captioner.max_new_tokens, "at least 1")
+    need(s.captioner.dtype in DTYPES, "captioner.dtype", s.captioner.dtype, f"one of {', '.join(DTYPES)}")
     low, high = s.trimap.background_threshold, s.trimap.foreground_threshold
     expected = f"0 ≤ trimap.background_threshold ({low}) < trimap.foreground_threshold ≤ 1"
     need(0 <= low < high <= 1, "trimap.foreground_threshold", high, expected)
     need(0 <= s.trimap.margin < 0.5, "trimap.margin", s.trimap.margin, "a share of the longest side in [0, 0.5)")
-    need(s.matting.engine in ENGINES, "matting.engine", s.matting.engine, f"one of {', '.join(ENGINES)}")
+    engines = ", ".join(MATTING_ENGINES)
+    need(s.matting.engine in MATTING_ENGINES, "matting.engine", s.matting.engine, f"one of {engines}")
     area = s.filters.area
     good = area is None or (len(area) == 2 and 0 <= area[0] < area[1] <= 1)
     need(good, "filters.area", area, "[smallest, largest] share of the frame, or null")

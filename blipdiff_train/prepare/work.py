@@ -7,9 +7,11 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from blipdiff_train.context.trimap import unknown_share
 from blipdiff_train.data.shards import write_shards
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
 from blipdiff_train.prepare.filters import check_matte, check_photograph, measure_matte, perceptual_hash
+from blipdiff_train.prepare.models import Models, RemoteModels
 from blipdiff_train.prepare.records import Record
 from blipdiff_train.prepare.settings import Settings
 
@@ -60,20 +63,39 @@ def limit_threads() -> None:
 
 
 class Worker:
-    """Everything a process needs for its units, built once."""
+    """Everything a process needs for its units, built once; called with a unit, it does it.
 
-    def __init__(self, settings: Settings, segmenter: Segmenter | None = None) -> None:
-        """Args: segmenter: instead of the one that the settings name, e.g. one that asks another process."""
+    Args:
+        segmenter: instead of the one that the settings name, e.g. one that asks another process.
+        models: CLIPSeg and captioner in a process of their own; None: in this one, if the settings want any.
+    """
+
+    def __init__(
+        self, settings: Settings, segmenter: Segmenter | None = None, *, models: RemoteModels | None = None
+    ) -> None:
         limit_threads()
         self.settings = settings
-        self.generator = make_generator(settings, segmenter) if settings.kind == "subjects" else None
-        self.provenance = self.generator.describe() if self.generator else {}
+        self.models: Models | RemoteModels | None = models
+        if models is None and settings.has_models and (segmenter is None or settings.captioner.model is not None):
+            self.models = Models(settings, settings.device)
+        self.generator: ContextGenerator | None = None
+        self.provenance: dict[str, Any] = {}
+        if settings.kind == "subjects":
+            if segmenter is None and settings.segmenter.name == "clipseg":
+                segmenter = self.models
+            self.generator = make_generator(settings, segmenter)
+            self.provenance = self.generator.describe()
+            if settings.captioner.model is not None:
+                self.provenance["captioner"] = self.models.describe_captioner()
 
-    def run(self, unit: Unit) -> dict[str, Any]:
+    def __call__(self, unit: Unit) -> dict[str, Any]:
         """Write the unit's shard and its account, and return the account."""
         output = Path(self.settings.output)
-        scratch = output / ACCOUNTS / f"unit-{unit.index:06d}.tmp"
-        shutil.rmtree(scratch, ignore_errors=True)
+        accounts = output / ACCOUNTS
+        for left_over in accounts.glob(f"unit-{unit.index:06d}.*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        # a name of its own: a process that outlives its job for a moment cannot write into this one's files
+        scratch = Path(tempfile.mkdtemp(prefix=f"unit-{unit.index:06d}.", suffix=".tmp", dir=accounts))
         seconds: Counter[str] = Counter()
         rejected: list[dict[str, Any]] = []
         kept: list[dict[str, Any]] = []
@@ -102,31 +124,36 @@ class Worker:
         self, unit: Unit, rejected: list[dict[str, Any]], kept: list[dict[str, Any]], seconds: Counter[str]
     ) -> Iterator[dict[str, Any]]:
         """The unit's samples in order; a batch of photographs is in memory at a time. The other three are added to."""
+
+        def reject(photograph: Photograph, rejection: Rejection) -> None:
+            rejected.append(_rejection(photograph.number, photograph.record, rejection))
+
         size = self.settings.segmenter.batch_size
         for start in range(0, len(unit.records), size):
+            part = slice(start, start + size)
             batch: list[Photograph] = []
-            for number, record in zip(
-                unit.numbers[start : start + size], unit.records[start : start + size], strict=True
-            ):
-                before = time.perf_counter()
-                photograph = self._read(number, record, unit.duplicates.get(number))
-                seconds["read"] += time.perf_counter() - before
+            for number, record in zip(unit.numbers[part], unit.records[part], strict=True):
+                with _timer(seconds, "read"):
+                    photograph = self._read(number, record, unit.duplicates.get(number))
                 if isinstance(photograph, Rejection):
                     rejected.append(_rejection(number, record, photograph))
                 else:
                     batch.append(photograph)
-            for photograph, result in zip(batch, self._annotate(batch), strict=True):
-                if isinstance(result, AnnotatedSample):
-                    seconds.update(result.seconds)
-                    measures = measure_matte(result.alpha_matte)
-                    refused = check_matte(measures, self.settings.filters)
-                    result = refused if refused is not None else (result, measures)
+            good: list[tuple[Photograph, AnnotatedSample | None, dict[str, Any]]] = []
+            for photograph, result in zip(batch, self._annotate(batch, seconds), strict=True):
                 if isinstance(result, Rejection):
-                    rejected.append(_rejection(photograph.number, photograph.record, result))
+                    reject(photograph, result)
                     continue
-                before = time.perf_counter()
-                sample = self._encode(photograph, *result)
-                seconds["write"] += time.perf_counter() - before
+                measures = {} if result is None else measure_matte(result.alpha_matte)
+                refused = None if result is None else check_matte(measures, self.settings.filters)
+                if refused is not None:
+                    reject(photograph, refused)
+                else:
+                    good.append((photograph, result, measures))
+            captions = self._captions([photograph for photograph, _, _ in good], seconds)
+            for (photograph, result, measures), caption in zip(good, captions, strict=True):
+                with _timer(seconds, "write"):
+                    sample = self._encode(photograph, result, measures, *caption)
                 kept.append({"key": sample["__key__"], "source": photograph.record.name, **_measures(sample["json"])})
                 yield sample
 
@@ -153,19 +180,80 @@ class Worker:
         image_id = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 11
         return Photograph(number, record, image, mask, image_id)
 
-    def _annotate(self, batch: Sequence[Photograph]) -> Sequence[AnnotatedSample | Rejection | tuple[None, dict]]:
+    def _annotate(
+        self, batch: Sequence[Photograph], seconds: Counter[str]
+    ) -> Sequence[AnnotatedSample | Rejection | None]:
+        """Each photograph's matte or why it has none; None where the job makes no mattes."""
+        if self.generator is None or not batch:
+            return [None] * len(batch)
+        segmenter = self.generator.segmenter
+        if isinstance(segmenter, AlphaSegmenter):
+            segmenter.set_masks([photograph.mask for photograph in batch])
+        images = [photograph.image for photograph in batch]
+        subject_texts = [photograph.record.subject_text for photograph in batch]
+        probabilities = self._ask(seconds, "segment", segmenter, lambda: segmenter.segment(images, subject_texts))
+        results: list[AnnotatedSample | Rejection] = []
+        for photograph, seg_prob in zip(batch, probabilities, strict=True):
+            result = seg_prob
+            if not isinstance(seg_prob, Rejection):
+                result = self._cut_out(photograph, seg_prob)
+            if isinstance(result, AnnotatedSample):
+                seconds.update({step: value for step, value in result.seconds.items() if step != "segment"})
+            results.append(result)
+        return results
+
+    def _cut_out(self, photograph: Photograph, seg_prob: np.ndarray) -> AnnotatedSample | Rejection:
+        record = photograph.record
+        try:
+            return self.generator.cut_out(photograph.image, seg_prob, record.subject_text, name=record.name)
+        except (ArithmeticError, ValueError, cv2.error) as error:
+            # one photograph that the numerics cannot bear must not end a job of 300,000
+            return Rejection("matting_failed", f"{type(error).__name__}: {error}; drop the sample")
+
+    def _captions(self, batch: Sequence[Photograph], seconds: Counter[str]) -> list[tuple[str | None, str]]:
+        """Caption and where it is from, for each photograph that stays: only these are worth a model's time."""
         if self.generator is None:
-            return [(None, {})] * len(batch)
-        if isinstance(self.generator.segmenter, AlphaSegmenter):
-            self.generator.segmenter.set_masks([photograph.mask for photograph in batch])
-        return self.generator.annotate(
-            [photograph.image for photograph in batch],
-            [photograph.record.subject_text for photograph in batch],
-            [photograph.record.name for photograph in batch],
-        )
+            return [(None, "")] * len(batch)
+        captioner = self.settings.captioner
+        asked = [
+            photograph
+            for photograph in batch
+            if captioner.model is not None and (captioner.replace or photograph.record.caption is None)
+        ]
+        said: dict[int, str] = {}
+        if asked:
+            images = [photograph.image for photograph in asked]
+            texts = self._ask(seconds, "caption", self.models, lambda: self.models.caption(images))
+            said = {photograph.number: text for photograph, text in zip(asked, texts, strict=True) if text}
+        found: list[tuple[str | None, str]] = []
+        for photograph in batch:
+            record = photograph.record
+            if photograph.number in said:
+                found.append((said[photograph.number], "model"))
+            elif record.caption is not None:
+                found.append((record.caption, "given"))
+            else:
+                found.append((f"a photo of a {record.subject_text}", "template"))
+        return found
+
+    def _ask(self, seconds: Counter[str], step: str, who: Any, call: Callable[[], Any]) -> Any:
+        """A model's answer; what it took on the device and what was waited for it are two things."""
+        before = time.perf_counter()
+        answer = call()
+        whole = time.perf_counter() - before
+        busy = who.busy_seconds if isinstance(who, (Models, RemoteModels)) else whole
+        seconds[step] += busy
+        if isinstance(who, RemoteModels):
+            seconds["wait for a model"] += whole - busy
+        return answer
 
     def _encode(
-        self, photograph: Photograph, result: AnnotatedSample | None, measures: dict[str, Any]
+        self,
+        photograph: Photograph,
+        result: AnnotatedSample | None,
+        measures: dict[str, Any],
+        caption: str | None,
+        caption_source: str,
     ) -> dict[str, Any]:
         image, record = self.settings.image, photograph.record
         rows, columns = photograph.image.shape[:2]
@@ -182,8 +270,8 @@ class Worker:
         }
         if result is not None:
             facts |= {
-                "caption": record.caption or f"a photo of a {record.subject_text}",
-                "caption_source": "given" if record.caption else "template",
+                "caption": caption,
+                "caption_source": caption_source,
                 "subject": record.subject_text,
                 "unknown_share": round(unknown_share(result.trimap), 6),
                 **measures,
@@ -244,18 +332,26 @@ def read_photograph(data: bytes, record: Record, settings: Settings) -> tuple[np
     return np.asarray(picture), np.asarray(mask) if mask is not None else None
 
 
-def hash_photographs(records: Sequence[Record], settings: Settings) -> list[int | None]:
-    """Perceptual hash of each photograph, None where it cannot be read (the unit's own pass says why)."""
-    limit_threads()
-    hashes: list[int | None] = []
-    for record in records:
+class Hasher:
+    """Perceptual hash of each photograph of a chunk, None where it cannot be read (the unit's own pass says why)."""
+
+    def __init__(self, settings: Settings, *, models: RemoteModels | None = None) -> None:
+        limit_threads()
+        self.settings = settings
+
+    def __call__(self, chunk: tuple[int, Sequence[Record]]) -> tuple[int, int]:
+        """Write the hashes of chunk ``(number, records)``; returns its number and how many photographs it has."""
+        number, records = chunk
+        hashes = [self._hash(record) for record in records]
+        write_json(hashes_path(Path(self.settings.output), number), hashes)
+        return number, len(records)
+
+    def _hash(self, record: Record) -> int | None:
         try:
-            image = decode_image(record.read(), name=record.name, mode="L", max_pixels=settings.image.max_pixels)
+            data, limit = record.read(), self.settings.image.max_pixels
+            return perceptual_hash(np.asarray(decode_image(data, name=record.name, mode="L", max_pixels=limit)))
         except (ImageError, OSError):
-            hashes.append(None)
-        else:
-            hashes.append(perceptual_hash(np.asarray(image)))
-    return hashes
+            return None
 
 
 def encode(image: np.ndarray, format: str, quality: int) -> bytes:
@@ -276,6 +372,19 @@ def account_path(output: Path, index: int) -> Path:
     return output / ACCOUNTS / f"unit-{index:06d}.json"
 
 
+def hashes_path(output: Path, number: int) -> Path:
+    return output / ACCOUNTS / f"hashes-{number:06d}.json"
+
+
+def read_hashes(output: Path, number: int, expected: int) -> list[int | None] | None:
+    """The hashes of a chunk of ``expected`` photographs; None if it is not finished."""
+    try:
+        hashes = json.loads(hashes_path(output, number).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return hashes if isinstance(hashes, list) and len(hashes) == expected else None
+
+
 def read_account(output: Path, index: int) -> dict[str, Any] | None:
     """The account of a finished unit; None if it has none or its shard is not there any more."""
     try:
@@ -289,11 +398,18 @@ def read_account(output: Path, index: int) -> dict[str, Any] | None:
     return account
 
 
+@contextmanager
+def _timer(seconds: Counter[str], step: str) -> Iterator[None]:
+    before = time.perf_counter()
+    yield
+    seconds[step] += time.perf_counter() - before
+
+
 def _rejection(number: int, record: Record, rejection: Rejection) -> dict[str, Any]:
     entry = {"number": number, "source": record.name, "cause": rejection.cause, "detail": rejection.detail}
     return entry | ({"subject": record.subject_text} if record.subject_text else {})
 
 
 def _measures(facts: dict[str, Any]) -> dict[str, Any]:
-    names = ("subject", "area", "border_contact", "num_components", "unknown_share")
+    names = ("subject", "caption_source", "area", "border_contact", "num_components", "unknown_share")
     return {name: facts[name] for name in names if name in facts}

@@ -94,8 +94,8 @@ def test_a_killed_job_continues_to_the_same_bytes(photographs, tmp_path):
     finished = len(list((killed / ".job").glob("unit-*.json")))
     assert finished < 9, "the job was over before it could be killed"
     # what a crash can leave: a half-written unit, and a shard whose account was never written
-    (killed / ".job/unit-000007.tmp").mkdir(exist_ok=True)
-    (killed / ".job/unit-000007.tmp/shard-000000.tar").write_bytes(b"half")
+    (killed / ".job/unit-000007.1234.tmp").mkdir(exist_ok=True)
+    (killed / ".job/unit-000007.1234.tmp/shard-000000.tar").write_bytes(b"half")
     run(input=str(photographs), output=str(killed), **settings)
     assert bytes_of(killed) == bytes_of(whole)
     assert not list((killed / ".job").glob("*.tmp"))

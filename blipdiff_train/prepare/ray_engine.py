@@ -1,0 +1,118 @@
+"""``engine=ray``: tasks on the CPUs of a Ray cluster that is there already, actors with the models on its accelerators.
+
+Each node needs this package and the folders of the input and the output under the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from blipdiff_train.prepare.models import Models, RemoteModels
+from blipdiff_train.prepare.settings import Settings
+
+MAX_RETRIES = 3
+"""How often a task is given to another process after its own has died, a lost machine included."""
+
+
+class Cluster:
+    """A connection to a cluster; a context manager.
+
+    Args:
+        address: of the cluster's head (``host:port``); None for the one that ``RAY_ADDRESS`` or this machine names.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no cluster.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ValueError("engine=ray: Ray is not installed; pip install 'blipdiff_train[ray]'") from error
+        self._ray = ray
+        self._connected = not ray.is_initialized()
+        if self._connected:
+            try:
+                ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                where = f"at ray_address={address}" if address else "on this machine or in RAY_ADDRESS"
+                raise ValueError(
+                    f"engine=ray: no cluster {where} ({str(error).splitlines()[0]}); start one with `ray start --head`,"
+                    " or use engine=local"
+                ) from error
+        resources = ray.cluster_resources()
+        self.num_cpus, self.num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._connected:
+            self._ray.shutdown()
+
+    def run_all(
+        self,
+        make: Callable[..., Callable[[Any], Any]],
+        settings: Settings,
+        tasks: Sequence[Any],
+        *,
+        workers: int,
+        devices: Sequence[str] = (),
+    ) -> Iterator[Any]:
+        """As :func:`blipdiff_train.prepare.local_engine.run_all`, with ``workers`` tasks under way in the cluster."""
+        ray = self._ray
+        actors = [
+            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"))(Models).remote(settings, device)
+            for device in devices
+        ]
+        task_of = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_work)
+        ours = ray.put(settings)
+        waiting, running = enumerate(tasks), set()
+        try:
+            while True:
+                while len(running) < workers and (numbered := next(waiting, None)) is not None:
+                    number, task = numbered
+                    actor = actors[number % len(actors)] if actors else None
+                    running.add(task_of.remote(make, ours, actor, task))
+                if not running:
+                    return
+                finished, _ = ray.wait(list(running), num_returns=1)
+                running -= set(finished)
+                yield from (self._result(reference) for reference in finished)
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+            for actor in actors:
+                ray.kill(actor)
+
+    def _result(self, reference: Any) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+
+        try:
+            return self._ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, (ValueError, OSError)):
+                raise error.cause from error
+            raise RuntimeError(f"engine=ray: a task failed: {error.cause!r}") from error
+        except (RayActorError, WorkerCrashedError) as error:
+            raise RuntimeError(
+                f"engine=ray: {error}. What is finished is kept: run the same command again to resume"
+            ) from error
+
+
+# ---- what runs in the cluster ----------------------------------------------------------------------------------------
+
+_made: dict[Any, Callable[[Any], Any]] = {}
+"""What this process has built, so that a task need not build it again; the last job's only."""
+
+
+def _work(make: Callable[..., Any], settings: Settings, actor: Any, task: Any) -> Any:
+    import ray
+
+    key = (make, repr(settings), actor._actor_id if actor is not None else None)
+    if key not in _made:
+        _made.clear()
+        models = RemoteModels(lambda *call: ray.get(actor.call.remote(*call))) if actor is not None else None
+        _made[key] = make(settings, models=models)
+    return _made[key](task)
