@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from blipdiff_train.data.datamodule import ShardDataModule
     from blipdiff_train.models.parts import ModelParts
+    from blipdiff_train.prepare.online import OnlineContext
     from blipdiff_train.stages.callbacks import StopSignals
     from blipdiff_train.stages.loggers import MetricsLogger
     from blipdiff_train.stages.stage1 import Stage1Module
@@ -72,6 +74,7 @@ def trainer(
     frozen: Mapping[str, str],
     *,
     has_validation: bool,
+    say: Callable[[str], None] = print,
 ) -> pl.Trainer:
     """Lightning's loop without its own checkpoints, loggers and progress bar: the callbacks do these.
 
@@ -81,11 +84,13 @@ def trainer(
         state: the checkpoint that the run continues from.
         frozen: hashes of the frozen parts.
         has_validation: whether there are shards to validate on.
+        say: prints a line for the person who runs this, once.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
     from blipdiff_train.stages.callbacks import Checkpointing, FiniteCheck, ProgressLine, SampleGrids, StepLog
+    from blipdiff_train.stages.latents import LatentCache
     from blipdiff_train.stages.resume import Saver
 
     settings, plan = config.trainer, batch_plan(config)
@@ -130,6 +135,8 @@ def trainer(
         start=start,
         loggers=loggers,
     )
+    if datamodule.latents is not None:
+        made.callbacks.append(LatentCache(datamodule, signals, say))
     made.callbacks += [FiniteCheck(), log, ProgressLine(f"stage {config.stage}", log)]
     if config.every.samples is not None and has_validation:
         made.callbacks.append(
@@ -202,6 +209,16 @@ def datamodule(config: TrainConfig, parts: ModelParts, data: DataSettings) -> Sh
         extra["subject_scale"] = config.augmentation.subject_scale
         extra["subject_flip_prob"] = config.augmentation.subject_flip_prob
         extra["backgrounds"] = data.backgrounds
+        extra["maker"] = maker = online_context(config) if data.context == "online" else None
+        if data.cache_latents:
+            from blipdiff_train.stages.latents import latent_store
+
+            extra["latents"] = latent_store(
+                parts.denoiser,
+                target_size=extra["target_size"],
+                photographs="shards" if maker is None else maker.store.key,
+                folder=data.store,
+            )
     accelerator, _, _ = resolve_devices(config.trainer)
     return ShardDataModule(
         stage=config.stage,
@@ -224,6 +241,29 @@ def datamodule(config: TrainConfig, parts: ModelParts, data: DataSettings) -> Sh
         cache_max_bytes=int(data.cache_gb * 1e9),
         **extra,
     )
+
+
+def online_context(config: TrainConfig) -> OnlineContext:
+    """What makes mattes while training, with its segmenter on this rank's device.
+
+    Raises:
+        ValueError: settings that make no sense, or a segmenter that cannot be loaded.
+    """
+    from blipdiff_train.prepare.online import OnlineContext
+    from blipdiff_train.prepare.settings import make_settings
+
+    accelerator, _, _ = resolve_devices(config.trainer)
+    # as torchrun, Lightning and SLURM number the processes of a machine
+    local_rank = next((os.environ[n] for n in ("LOCAL_RANK", "SLURM_LOCALID") if n in os.environ), "0")
+    values = asdict(config.data.annotation)
+    if values["segmenter"]["model"] is not None:
+        values["segmenter"]["model"] = resolve(values["segmenter"]["model"])
+    settings = make_settings(
+        # neither is opened: photographs come from the data's shards and go into its store
+        {"input": "data.shards", "output": "data.store", **values}
+        | {"device": f"cuda:{local_rank}" if accelerator == "gpu" else "cpu"}
+    )
+    return OnlineContext(settings, folder=config.data.store)
 
 
 # ---- models --------------------------------------------------------------------------------------------------------

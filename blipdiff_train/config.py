@@ -69,6 +69,15 @@ class ToyboxSettings:
 
 
 @dataclass(frozen=True)
+class AnnotationSettings:
+    image: PrepareImage = key("how photographs are read and kept")
+    segmenter: PrepareSegmenter = key("what finds the subject")
+    trimap: PrepareTrimap = key("from probability to foreground, unknown, background")
+    matting: PrepareMatting = key("from trimap to matte")
+    filters: PrepareFilters = key("what is rejected and replaced by a neighbour; null switches a filter off")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     source: Literal["toybox", "shards"] = key("toybox draws its own shards on first use; shards reads yours")
     shards: str | list[str] | list[dict] | None = key(
@@ -81,6 +90,16 @@ class DataSettings:
     max_bad_fraction: float = key("share of bad samples above which the run stops", low=0.0, high=1.0)
     cache: str | None = key("local folder for shards read from URLs; null: no remote shards")
     cache_gb: float = key("size of that folder, GB; the longest unused shards leave first", above=0.0)
+    context: Literal["prepared", "online"] = key(
+        "stage 2: prepared reads mattes from the shards; online makes them from plain photographs, while training"
+    )
+    cache_latents: bool = key(
+        "stage 2: encode every photograph once, before the first step, and train on what is kept of it"
+    )
+    store: str | None = key(
+        "folder for what online and cache_latents make; null: .made beside the shards (remote ones: in data.cache)"
+    )
+    annotation: AnnotationSettings = key("context=online: the keys of `prepare`, with the same values")
     toybox: ToyboxSettings = key("the embedded toy world")
 
 
@@ -684,6 +703,7 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
         problems.append(
             Problem("data.shards", "is null; name the training tars, e.g. data.shards=path/to/folder")
         )
+    problems += _data_checks(config)
     if on_cpu and trainer.precision == "16-mixed":
         problems.append(
             Problem("trainer.precision", "16-mixed needs a GPU; on the CPU use 32-true or bf16-mixed")
@@ -698,6 +718,52 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
             )
     if isinstance(config, Stage1Config) and not config.loss.itc + config.loss.itm + config.loss.itg > 0:
         problems.append(Problem("loss", "all weights are 0: nothing would be learned"))
+    return problems
+
+
+def _data_checks(config: TrainConfig) -> list[Problem]:
+    """What mattes made online and cached latents need."""
+    problems: list[Problem] = []
+    data, online = config.data, config.data.context == "online"
+    if online and config.stage != 2:
+        problems.append(Problem("data.context", "online makes mattes, which only stage=2 reads; use prepared"))
+    if online and data.source != "shards":
+        problems.append(
+            Problem(
+                "data.context",
+                "online reads your own photographs: data=shards data.shards=…; toybox draws annotated ones",
+            )
+        )
+    if data.cache_latents and not isinstance(config, Stage2Config):
+        problems.append(Problem("data.cache_latents", "stage 1 has no latents; use it with stage=2"))
+    if data.cache_latents and isinstance(config, Stage2Config) and config.augmentation.random_target_crop:
+        problems.append(
+            Problem(
+                "data.cache_latents",
+                "true needs the same target every time; set augmentation.random_target_crop=false",
+            )
+        )
+    if not online:
+        return problems
+    annotation, where = data.annotation, "data.annotation"
+    if annotation.segmenter.name == "clipseg" and not annotation.segmenter.model:
+        expected = "is null; a folder or hub id such as CIDAS/clipseg-rd64-refined, or embedded:toy_foundation/clipseg"
+        problems.append(Problem(f"{where}.segmenter.model", expected))
+    low, high = annotation.trimap.background_threshold, annotation.trimap.foreground_threshold
+    if not low < high:
+        problems.append(
+            Problem(f"{where}.trimap.foreground_threshold", f"{high} must be > background_threshold={low}")
+        )
+    area = annotation.filters.area
+    if area is not None and not (len(area) == 2 and 0.0 <= area[0] < area[1] <= 1.0):
+        problems.append(Problem(f"{where}.filters.area", f"{area} must be two rising shares in [0, 1], or null"))
+    if annotation.filters.duplicate_distance is not None:
+        problems.append(
+            Problem(
+                f"{where}.filters.duplicate_distance",
+                "must be null: near-duplicates are found among all photographs, which only `prepare` sees",
+            )
+        )
     return problems
 
 

@@ -101,6 +101,7 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
                 signals,
                 frozen,
                 has_validation=has_validation,
+                say=say,
             )
             continue_from(trainer, module, datamodule, state, total_steps=config.total_steps)
             trainer.fit(module, datamodule=datamodule)

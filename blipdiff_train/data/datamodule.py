@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader
 from blipdiff_train.common import distributed
 from blipdiff_train.common.images import MAX_PIXELS
 from blipdiff_train.data.cache import ShardCache
-from blipdiff_train.data.dataset import PositionDataset
+from blipdiff_train.data.dataset import PositionDataset, RecordMaker
 from blipdiff_train.data.faults import FaultMonitor
 from blipdiff_train.data.order import EpochOrder, MixedOrder, PositionSampler, accumulation
 from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, Normalisation
 from blipdiff_train.data.samples import Stage1Batch, Stage2Batch, collate_stage1, collate_stage2
 from blipdiff_train.data.shards import SampleError, ShardSet
+from blipdiff_train.data.store import SampleStore
 from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class ShardDataModule(LightningDataModule):
         image_mean, image_std: of the image tower.
         drop_subject_prob: share of stage-2 samples whose subject is dropped.
         min_crop_scale, flip_prob: stage 1, see :class:`Stage1Transform`.
-        random_target_crop, subject_scale, subject_flip_prob, latent_key: stage 2, see :class:`Stage2Transform`.
+        random_target_crop, subject_scale, subject_flip_prob: stage 2, see :class:`Stage2Transform`.
+        maker: stage 2 from photographs without mattes, see :class:`RecordMaker`; None: the shards are annotated.
+        latents: stage 2's cached latents, which must be complete before the first batch; None: none are used.
         shuffle_window: shards inside which samples are shuffled.
         num_workers: loader processes of each rank.
         prefetch_factor: batches each of them loads ahead.
@@ -97,7 +100,8 @@ class ShardDataModule(LightningDataModule):
         random_target_crop: bool = False,
         subject_scale: Sequence[float] = (0.5, 0.95),
         subject_flip_prob: float = 0.5,
-        latent_key: str | None = None,
+        maker: RecordMaker | None = None,
+        latents: SampleStore | None = None,
         shuffle_window: int = 64,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -115,6 +119,11 @@ class ShardDataModule(LightningDataModule):
             raise ValueError(f"drop_subject_prob={drop_subject_prob}: expected a probability")
         if num_workers < 0 or total_steps < 1:
             raise ValueError(f"num_workers={num_workers}, total_steps={total_steps}: expected ≥ 0 and ≥ 1")
+        if stage == 1 and (maker is not None or latents is not None):
+            raise ValueError("mattes and latents are stage 2's; stage 1 has no use for them")
+        if latents is not None and random_target_crop:
+            raise ValueError("random_target_crop: latents are of the middle of a photograph; use one or the other")
+        self.maker, self.latents = maker, latents
         self.stage, self.seed, self.total_steps = stage, seed, total_steps
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.val_batch_size, self.val_samples = val_batch_size or micro_batch_size, val_samples
@@ -139,7 +148,7 @@ class ShardDataModule(LightningDataModule):
                 random_target_crop=random_target_crop,
                 subject_scale=tuple(subject_scale),
                 flip_probability=subject_flip_prob,
-                latent_key=latent_key,
+                cached_latents=latents is not None,
                 **common,
             )
         self.position = 0
@@ -221,7 +230,13 @@ class ShardDataModule(LightningDataModule):
             if extra["backgrounds"] is not None and len(extra["backgrounds"]) == 0:
                 raise ValueError(f"background shards {backgrounds} hold no photographs")
         transform = self._transform(train=num_positions is None, **extra)
-        return PositionDataset(order, shard_sets, transform, faults, num_positions=num_positions)
+        made = {"maker": self.maker, "latents": self.latents}
+        return PositionDataset(order, shard_sets, transform, faults, num_positions=num_positions, **made)
+
+    def datasets(self) -> list[PositionDataset]:
+        """Training, and validation where there is one."""
+        self.setup("fit")
+        return [dataset for dataset in (self._train, self._val) if dataset is not None]
 
     # -------------------------------------------------------------------------------------------------- loaders
 

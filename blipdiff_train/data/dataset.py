@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch.utils.data import Dataset
 
 from blipdiff_train.data.faults import FaultMonitor, TooManyBadSamples
 from blipdiff_train.data.order import Place
 from blipdiff_train.data.shards import SampleError, ShardSet
+from blipdiff_train.data.store import SampleStore
 
 MAX_NEIGHBOURS = 64
 """How far a replacement is looked for."""
 
 Sample = TypeVar("Sample")
+
+
+class RecordMaker(Protocol):
+    """Makes what a sample's record lacks, and keeps it; the online mode."""
+
+    def ahead(self, wanted: Sequence[tuple[ShardSet, int]]) -> None:
+        """Make the records of these samples that are not made yet, together; bad ones are no error here."""
+        ...
+
+    def record(self, shards: ShardSet, index: int) -> dict[str, bytes | str]:
+        """The whole record of a sample. Raises SampleError if it cannot be made."""
+        ...
 
 
 class PositionDataset(Dataset, Generic[Sample]):
@@ -29,6 +42,8 @@ class PositionDataset(Dataset, Generic[Sample]):
         transform: (record, position) → sample, with a ``suffixes`` attribute; raises SampleError for bad samples.
         faults: keeps count.
         num_positions: length to report; None for an endless training order.
+        maker: where records come from that are not in the shards as they are; None: all are.
+        latents: members that complete each record with its latents; None: without.
     """
 
     def __init__(
@@ -39,9 +54,11 @@ class PositionDataset(Dataset, Generic[Sample]):
         faults: FaultMonitor,
         *,
         num_positions: int | None = None,
+        maker: RecordMaker | None = None,
+        latents: SampleStore | None = None,
     ):
         self.order, self.shard_sets, self.transform, self.faults = order, list(shard_sets), transform, faults
-        self.num_positions = num_positions
+        self.num_positions, self.maker, self.latents = num_positions, maker, latents
         self._bad: dict[tuple[int, int], str] = {}
 
     def __len__(self) -> int:
@@ -71,8 +88,29 @@ class PositionDataset(Dataset, Generic[Sample]):
             self.faults.summary(f"and none of {MAX_NEIGHBOURS} samples from position {position} on is good")
         )
 
+    def __getitems__(self, positions: Sequence[int]) -> list[Sample]:
+        """The samples of a micro-batch (loaders ask for it whole): what must be made for them is made together."""
+        if self.maker is not None:
+            places = [self.order(position) for position in positions]
+            good = [place for place in places if (place.dataset, place.index) not in self._bad]
+            self.maker.ahead([(self.shard_sets[place.dataset], place.index) for place in good])
+        return [self[position] for position in positions]
+
+    def record(self, shards: ShardSet, index: int) -> dict[str, bytes | str]:
+        """A sample's record without latents.
+
+        Raises:
+            SampleError: it is bad.
+        """
+        if self.maker is not None:
+            return self.maker.record(shards, index)
+        return shards.read(index, self.transform.suffixes)
+
     def _read(self, place: Place, position: int) -> Sample:
-        record = self.shard_sets[place.dataset].read(place.index, self.transform.suffixes)
+        shards = self.shard_sets[place.dataset]
+        record = self.record(shards, place.index)
+        if self.latents is not None:
+            record |= self.latents.read(shards, place.index) or {}
         return self.transform(record, position)
 
     def _report(self, error: SampleError, place: Place) -> None:

@@ -197,17 +197,28 @@ def _encode(sample: Mapping[str, object], keys: set[bytes]) -> dict[str, object]
             continue
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*", suffix):
             raise ValueError(f"sample {key!r} has a member {suffix!r}: expected a lower-case suffix such as 'jpg'")
-        if isinstance(value, (Mapping, list)):
-            value = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
-        if isinstance(value, str):
-            value = value.encode()
-        if not isinstance(value, (bytes, bytearray, memoryview)):
-            found = type(value).__name__
-            raise ValueError(f"sample {key!r}, member {suffix!r}: {found}, expected bytes, str, mapping or list")
-        record[suffix] = bytes(value)
+        try:
+            record[suffix] = member_bytes(value)
+        except TypeError as error:
+            raise ValueError(f"sample {key!r}, member {suffix!r}: {error}") from None
     if len(record) == 1:
         raise ValueError(f"sample {key!r} has no members")
     return record
+
+
+def member_bytes(value: object) -> bytes:
+    """What a member holds on the disk: bytes as they are, str as UTF-8, a mapping or list as JSON.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(value, (Mapping, list)):
+        value = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    if isinstance(value, str):
+        value = value.encode()
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{type(value).__name__}, expected bytes, str, mapping or list")
+    return bytes(value)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -320,6 +331,7 @@ class ShardSet:
             raise ShardError(f"{len(problems)} of {total} shards cannot be used:\n  {listed}")
         self.sizes = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
+        self._contents: dict[int, str] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -360,6 +372,16 @@ class ShardSet:
     def key(self, index: int) -> str:
         shard, number = self.locate(index)
         return self._index(shard).key(number)
+
+    def content(self, shard: int) -> str:
+        """A short hash of what the index knows of a shard: names, sizes, times, and checksums where it has them."""
+        if shard not in self._contents:
+            index = self._index(shard)
+            digest = hashlib.blake2b(index.fingerprint.encode() + index.keys, digest_size=6)
+            for column in (index.first_member, index.offset, index.size, index.header_crc, index.payload_crc):
+                digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
+            self._contents[shard] = digest.hexdigest()
+        return self._contents[shard]
 
     def suffixes(self, index: int) -> list[str]:
         """Suffixes of the members of sample ``index``, from the index alone."""

@@ -147,13 +147,13 @@ def test_deeply_nested_json_is_a_typed_error():
         transforms.read_info(record(json=b"[" * 100_000))
 
 
-def test_latents_are_used_only_if_made_as_expected():
+def test_latents_take_the_target_s_place_and_only_plain_arrays_are_read():
     moments = np.random.default_rng(0).normal(size=(8, 4, 4)).astype(np.float16)
     buffer = io.BytesIO()
     np.save(buffer, moments)
     good = {**annotated(1), "latent.npy": buffer.getvalue()}
-    good["json"] = b'{"caption": "a", "subject": "dog", "latent": "vae1"}'
-    transform = Stage2Transform(image_size=16, target_size=32, seed=0, latent_key="vae1")
+    good["json"] = b'{"caption": "a", "subject": "dog"}'
+    transform = Stage2Transform(image_size=16, target_size=32, seed=0, cached_latents=True)
     sample = transform(good, 0)
     assert sample.target_image is None
     assert torch.equal(sample.latent_moments, torch.from_numpy(moments.astype(np.float32)))
@@ -169,8 +169,9 @@ def test_latents_are_used_only_if_made_as_expected():
         with pytest.raises(SampleError) as error:
             transform({**good, "latent.npy": data}, 0)
         assert error.value.cause == cause
-    with pytest.raises(SampleError, match="expected 'vae2'"):
-        Stage2Transform(image_size=16, target_size=32, seed=0, latent_key="vae2")(good, 0)
+    del good["latent.npy"]
+    with pytest.raises(SampleError, match="has none"):
+        transform(good, 0)
 
 
 def test_stage2_puts_the_subject_on_another_background_and_keeps_the_target():
