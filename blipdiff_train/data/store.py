@@ -4,6 +4,9 @@ An entry belongs to one sample and one set of settings. Its file is ``NAME-SETTI
 SETTINGS is a hash of all that decides what is in it and CONTENT one of the shard it was made from: an entry of other
 settings or another shard is not found, so it cannot be used by mistake, and is made anew. Files appear whole or not at
 all, and two processes that make the same entry write the same bytes, so nobody needs a lock.
+
+In a file stand a checksum of all the rest, a line of JSON (of which sample and settings, which members, how long, or
+why there are none), and the members.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ FOLDER = ".made"
 
 SETTINGS = "settings.json"
 _SUFFIX = ".entry"
-_MAX_HEAD_BYTES = 65_536
+_MAX_ENTRY_BYTES = MAX_SAMPLE_BYTES + 65_536
 
 Members = Mapping[str, bytes]
 
@@ -57,24 +60,27 @@ class SampleStore:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                data = file.read(size) if size <= MAX_SAMPLE_BYTES + _MAX_HEAD_BYTES else b""
+                data = file.read(size) if size <= _MAX_ENTRY_BYTES else b""
         except FileNotFoundError:
             return None
         try:
-            line, body = data.split(b"\n", 1)
-            head = json.loads(line) if len(line) <= _MAX_HEAD_BYTES else None
-            if head["settings"] != self.key or head["sample"] != shards.key(index) or head["crc"] != zlib.crc32(body):
+            if int(data[:8], 16) != zlib.crc32(data[8:]):
                 return None
-            fault, members, start = head["fault"], {}, 0
+            line, body = data[8:].split(b"\n", 1)
+            head = json.loads(line)
+            if head["settings"] != self.key or head["sample"] != shards.key(index):
+                return None
+            fault = None if head["fault"] is None else SampleError(str(head["fault"][0]), str(head["fault"][1]))
+            members, start = {}, 0
             for suffix, length in head["members"]:
                 members[str(suffix)] = body[start : start + length]
                 start += len(members[str(suffix)])
             if start != len(body):
                 return None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return None
         if fault is not None:
-            raise SampleError(str(fault[0]), str(fault[1]))
+            raise fault
         return members
 
     def write(self, shards: ShardSet, index: int, made: Members | SampleError) -> None:
@@ -85,19 +91,18 @@ class SampleStore:
         """
         fault = [made.cause, str(made)[:4000]] if isinstance(made, SampleError) else None
         members = {} if isinstance(made, SampleError) else made
-        body = b"".join(members.values())
         head = {
             "settings": self.key,
             "sample": shards.key(index),
             "fault": fault,
             "members": [[suffix, len(data)] for suffix, data in members.items()],
-            "crc": zlib.crc32(body),
         }
+        content = json.dumps(head).encode() + b"\n" + b"".join(members.values())
         path = self._path(shards, index)
         try:
             self._describe(path.parent.parent)
             with atomic_path(path) as temporary:
-                temporary.write_bytes(json.dumps(head).encode() + b"\n" + body)
+                temporary.write_bytes(b"%08x" % zlib.crc32(content) + content)
         except OSError as error:
             raise OSError(
                 error.errno,
