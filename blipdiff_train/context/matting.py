@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 ENGINES = ("fast", "pymatting")
@@ -35,9 +37,7 @@ def estimate_alpha(image: np.ndarray, trimap: np.ndarray, *, engine: str = "fast
         from blipdiff_train.context.closed_form import solve_alpha
 
         return solve_alpha(image, trimap)
-    from pymatting import estimate_alpha_cf
-
-    alpha = estimate_alpha_cf(image.astype(np.float64) / 255, trimap.astype(np.float64)).astype(np.float32)
+    alpha = _pymatting().estimate_alpha_cf(image.astype(np.float64) / 255, trimap.astype(np.float64)).astype(np.float32)
     return np.where(unknown, alpha, trimap).astype(np.float32)
 
 
@@ -51,12 +51,25 @@ def estimate_foreground(image: np.ndarray, alpha_matte: np.ndarray) -> np.ndarra
         image: H W 3 uint8.
         alpha_matte: H W float in [0, 1].
     """
-    from pymatting import estimate_foreground_ml
-
-    foreground = estimate_foreground_ml(image.astype(np.float32) / np.float32(255), alpha_matte.astype(np.float32))
+    image32, alpha32 = image.astype(np.float32) / np.float32(255), alpha_matte.astype(np.float32)
+    foreground = _pymatting().estimate_foreground_ml(image32, alpha32)
     return np.rint(foreground * np.float32(255)).astype(np.uint8)
 
 
 def to_u8(alpha_matte: np.ndarray) -> np.ndarray:
     """Matte in [0, 1] as 8 bits, rounded to nearest."""
     return np.rint(np.clip(alpha_matte, 0, 1) * 255).astype(np.uint8)
+
+
+def _pymatting() -> ModuleType:
+    """The library, after numba has been told to survive a fork.
+
+    With GNU OpenMP, which it would take by itself, a process that was forked off one that has matted is killed when it
+    mattes too; loaders are such processes.
+    """
+    import numba
+
+    numba.config.THREADING_LAYER = "forksafe"
+    import pymatting
+
+    return pymatting

@@ -40,20 +40,19 @@ class OnlineContext:
     Args:
         settings: of the preparation; inputs, outputs and the search for duplicates do not apply.
         folder: of the store; None puts it beside the shards.
+        segmenter: what the settings name, if there is one already.
 
     Raises:
         ValueError: the segmenter cannot be loaded.
     """
 
-    def __init__(self, settings: Settings, folder: str | None = None) -> None:
+    def __init__(self, settings: Settings, folder: str | None = None, segmenter: Segmenter | None = None) -> None:
         self.settings = settings
-        self.segmenter: Segmenter
-        if settings.segmenter.name == "clipseg":
-            self.segmenter = SegmenterProcess(
+        if segmenter is None and settings.segmenter.name == "clipseg":
+            segmenter = SegmenterProcess(
                 settings.segmenter.model, device=settings.device, batch_size=settings.segmenter.batch_size
             )
-        else:
-            self.segmenter = make_segmenter(settings)
+        self.segmenter: Segmenter = segmenter or make_segmenter(settings)
         filters = asdict(settings.filters)
         del filters["duplicate_distance"]
         self.store = SampleStore(
@@ -86,7 +85,7 @@ class OnlineContext:
         """
         members = self.store.read(shards, index)
         if members is None:
-            members = self._make([(shards, index)])[0]
+            (members,) = self._make([(shards, index)])
             if isinstance(members, SampleError):
                 raise members
         shard, _ = shards.locate(index)
@@ -101,6 +100,8 @@ class OnlineContext:
                 records[number] = read_record(shards, index)
             except SampleError as error:
                 made[number] = error  # of the shard, not of what is made from it: it is not kept
+        if not records:
+            return made
         if self._worker is None:
             self._worker = Worker(self.settings, self.segmenter)
         rejected: list[dict[str, Any]] = []

@@ -88,7 +88,7 @@ class SegmenterProcess:
         try:
             connection = self._connect()
             connection.send_bytes(json.dumps(list(subject_texts)).encode())
-            connection.send_bytes(squares)
+            connection.send_bytes(squares.tobytes())
             head = json.loads(connection.recv_bytes())
             if "error" in head:
                 raise RuntimeError(f"the segmenter failed: {head['error']}")
@@ -145,7 +145,7 @@ def serve(segmenter: CLIPSegSegmenter, listener: socket.socket, lifeline: Any) -
                 texts = json.loads(client.recv_bytes(_MAX_REQUEST_BYTES))
                 squares = np.frombuffer(client.recv_bytes(_MAX_REQUEST_BYTES), np.uint8)
                 asked.append((client, texts, squares.reshape(len(texts), segmenter.size_px, segmenter.size_px, 3)))
-            except (EOFError, OSError, ValueError):
+            except (EOFError, OSError):  # the loader ended
                 clients.remove(client)
                 client.close()
         if asked:
@@ -170,7 +170,7 @@ def _answer(segmenter: CLIPSegSegmenter, asked: list, clients: list[Connection])
             rows = np.ascontiguousarray(np.stack(answers[start : start + len(texts)]), np.float32)
             start += len(texts)
             client.send_bytes(json.dumps({"shape": rows.shape}).encode())
-            client.send_bytes(rows)
+            client.send_bytes(rows.tobytes())
         except OSError:  # it was killed meanwhile
             clients.remove(client)
             client.close()
@@ -198,6 +198,8 @@ def main() -> None:
     reply.close()
     if "error" not in found:
         serve(segmenter, listener, sys.stdin.buffer.raw)
+    sys.stderr.flush()
+    os._exit(0)  # without the seconds that torch takes to leave
 
 
 if __name__ == "__main__":
