@@ -189,3 +189,45 @@ def test_every_key_says_what_it_means():
         text = cli.command_help(command, [], [])
         assert "=" in text
         assert all(line.strip() for line in text.split("\nkeys\n")[1].splitlines())
+
+
+ONLINE = ("stage=2", "data=shards", "data.shards=x", "data.context=online")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "key", "words"),
+    [
+        (("stage=1", *ONLINE[1:]), "data.context", "which only stage=2 reads"),
+        (("stage=2", "data.context=online"), "data.context", "data=shards data.shards=…"),
+        (("stage=2", "data.context=offline"), "data.context", "one of prepared, online"),
+        ((*ONLINE, "data.annotation.segmenter.name=clipseg"), "data.annotation.segmenter.model", "is null; a folder"),
+        (
+            (*ONLINE, "data.annotation.trimap.background_threshold=0.8"),
+            "data.annotation.trimap.foreground_threshold",
+            "0.7 must be > background_threshold=0.8",
+        ),
+        ((*ONLINE, "data.annotation.filters.area=[0.9,0.1]"), "data.annotation.filters.area", "two rising shares"),
+        (
+            (*ONLINE, "data.annotation.filters.duplicate_distance=4"),
+            "data.annotation.filters.duplicate_distance",
+            "be null",
+        ),
+        (("stage=1", "data.cache_latents=true"), "data.cache_latents", "stage 1 has no latents"),
+        (
+            ("stage=2", "data.cache_latents=true", "augmentation.random_target_crop=true"),
+            "data.cache_latents",
+            "set augmentation.random_target_crop=false",
+        ),
+    ],
+)
+def test_what_online_mattes_and_cached_latents_need(tokens, key, words):
+    assert words in problems(*tokens)[key]
+
+
+def test_a_run_annotates_as_prepare_does():
+    """The values stand in two files, because a command's file and a group of train's cannot share one."""
+    ours = cli.compose("train", [*(cli.quote_stage(token) for token in ONLINE)])["data"]["annotation"]
+    theirs = cli.compose("prepare", [])
+    ours["filters"]["duplicate_distance"] = theirs["filters"]["duplicate_distance"]  # only `prepare` can look for them
+    for block, values in ours.items():
+        assert values == theirs[block]
