@@ -39,6 +39,7 @@ CROP = "shorter side, bicubic with antialiasing, middle square, version 1"
 
 _LINE_SECONDS = 15.0
 _READ_TOGETHER = 8
+_ROUND = 64
 
 
 def latent_store(denoiser: Denoiser, *, target_size: int, photographs: str, folder: str | None) -> SampleStore:
@@ -62,7 +63,7 @@ class LatentCache(Callback):
     """Completes the datamodule's latents before its first batch.
 
     Args:
-        signals: asked after each photograph.
+        signals: asked after each photograph; a stop keeps what is finished.
         say: called with a line now and then, on the first rank.
     """
 
@@ -84,16 +85,20 @@ class LatentCache(Callback):
         for other in store.others(shares[0][1]) if count else ():
             self.say(f"  not used, made otherwise (remove it if nothing else needs it): {other}")
         started = said = time.monotonic()
-        for done, _ in enumerate(self._encode(module, shares), start=1):
-            if time.monotonic() - said > _LINE_SECONDS:
+        done, encoded = 0, self._encode(module, shares)
+        counts = distributed.gather_no_grad(torch.tensor([count], device=module.device))
+        # in rounds, so that no rank waits long for another and all of them notice a signal to one
+        for _ in range(-(-int(counts.max()) // _ROUND)):
+            for _ in itertools.islice(encoded, _ROUND):
+                done += 1
+                if self.signals.received is not None:
+                    break
+            if distributed.any_rank(self.signals.received is not None, device=module.device):
+                raise RunInterrupted("stopped by a signal while latents were cached; those that are finished are kept")
+            if done and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 rate = done / (said - started)
                 self.say(f"latents: {done}/{count}  {rate:.1f} a second  {(count - done) / rate / 60:.0f} min left")
-            if self.signals.received is not None:
-                break
-        # also the point where the ranks wait for each other
-        if distributed.any_rank(self.signals.received is not None, device=module.device):
-            raise RunInterrupted("stopped by a signal while latents were cached; those that are finished are kept")
         for _, shards, _ in shares:
             left = store.missing(shards, range(len(shards)))
             if left:
