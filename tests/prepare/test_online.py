@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import draw
+from pictures import draw
 
 from blipdiff_train.data.datamodule import ShardDataModule
 from blipdiff_train.data.faults import read_quarantine
