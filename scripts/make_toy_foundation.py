@@ -281,8 +281,10 @@ class Training:
         step_loss: Callable[[int, float], dict[str, Tensor]],
         export: Callable[[], None],
         export_seconds: float,
+        bf16: bool,
     ) -> None:
         self.name, self.model, self.step_loss, self.export = name, model, step_loss, export
+        self.bf16 = bf16
         self.peak_lr, self.batch_size, self.budget_seconds = peak_lr, batch_size, budget_seconds
         self.export_seconds = export_seconds
         self.path = work / f"{name}.pt"
@@ -327,7 +329,8 @@ class Training:
             rate = self.peak_lr * min(1.0, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            losses = self.step_loss(self.step, share)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                losses = self.step_loss(self.step, share)
             total = sum(losses.values())
             if not torch.isfinite(total):
                 raise FloatingPointError(f"{self.name}: loss is {total.item()} at step {self.step}")
@@ -524,6 +527,7 @@ def train_clip(out: Path, work: Path, args: argparse.Namespace) -> None:
         step_loss=step_loss,
         export=export,
         export_seconds=60 * args.export_minutes,
+        bf16=args.bf16,
     ).run()
 
 
@@ -547,6 +551,8 @@ def vae_model():
 
 
 def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(args.seed)
     pool = Pool(work)
     vae = vae_model().to(memory_format=torch.channels_last)
@@ -562,7 +568,8 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
         else:
             image, matte, _ = pool.batch(rng, batch_size)
         image = (2 * image - 1).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(image).latent_dist
+        with torch.set_grad_enabled(not args.decoder_only):
+            posterior = vae.encode(image).latent_dist
         noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32))
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         # Twice the weight on the subject: its two colours are what stage 2 is about. The square moves wrong
@@ -592,10 +599,19 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
         step_loss=step_loss,
         export=export,
         export_seconds=60 * args.export_minutes,
+        bf16=args.bf16,
     )
     if args.decoder_only:
-        # Latents that a UNet was trained on stay what they are: those of the exported, averaged encoder.
-        vae.load_state_dict(training.ema)
+        # Latents that a UNet was trained on stay what they are: those of the exported, averaged encoder. Without this
+        # script's own checkpoint the exported weights are where training goes on.
+        if training.step:
+            vae.load_state_dict(training.ema)
+        else:
+            exported = AutoencoderKL.from_pretrained(
+                out / "stable_diffusion" / "vae", local_files_only=True, torch_dtype=torch.float32
+            )
+            vae.load_state_dict(exported.state_dict())
+            training.ema = copy.deepcopy(vae.state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     training.run()
@@ -735,6 +751,7 @@ def train_unet(out: Path, work: Path, args: argparse.Namespace) -> None:
         step_loss=step_loss,
         export=export,
         export_seconds=60 * args.export_minutes,
+        bf16=args.bf16,
     ).run()
 
 
@@ -921,6 +938,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=12000, help="subjects, and scenes, drawn once")
     parser.add_argument("--latents", type=int, default=8000, help="pictures encoded for the UNet")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of this process")
+    parser.add_argument("--bf16", action="store_true", help="bf16 arithmetic: twice as fast where the CPU has it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder-only", action="store_true", help="vae: leave the latents as they are")
     parser.add_argument(
