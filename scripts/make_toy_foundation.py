@@ -581,10 +581,11 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
         return {"pixel": pixel, "edge": 0.3 * edge, "kl": 5e-4 * divergence}
 
     def export() -> None:
-        image = heldout_batch(128)[0]
-        generator = torch.Generator().manual_seed(0)
-        latents = vae.encode(2 * image - 1).latent_dist.sample(generator)
-        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        if not args.decoder_only:  # else a UNet may have been trained on latents of the exported scale
+            image = heldout_batch(128)[0]
+            generator = torch.Generator().manual_seed(0)
+            latents = vae.encode(2 * image - 1).latent_dist.sample(generator)
+            vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         save_half(vae, out / "stable_diffusion" / "vae")
         metrics = evaluate_vae(vae, 64)
         log("vae", "held-out " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()))
@@ -604,12 +605,13 @@ def train_vae(out: Path, work: Path, args: argparse.Namespace) -> None:
     if args.decoder_only:
         # Latents that a UNet was trained on stay what they are: those of the exported, averaged encoder. Without this
         # script's own checkpoint the exported weights are where training goes on.
+        exported = AutoencoderKL.from_pretrained(
+            out / "stable_diffusion" / "vae", local_files_only=True, torch_dtype=torch.float32
+        )
+        vae.register_to_config(scaling_factor=exported.config.scaling_factor)
         if training.step:
             vae.load_state_dict(training.ema)
         else:
-            exported = AutoencoderKL.from_pretrained(
-                out / "stable_diffusion" / "vae", local_files_only=True, torch_dtype=torch.float32
-            )
             vae.load_state_dict(exported.state_dict())
             training.ema = copy.deepcopy(vae.state_dict())
         vae.encoder.requires_grad_(False)
