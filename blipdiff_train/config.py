@@ -188,6 +188,13 @@ class Stage1Loss:
 
 
 @dataclass(frozen=True)
+class Stage2Loss:
+    weighting: Literal["constant", "truncated_snr"] = key(
+        "of the timesteps: constant (paper), or more on high noise, where a subject's colours are settled"
+    )
+
+
+@dataclass(frozen=True)
 class Stage2Subject:
     template: Literal["release", "paper"] = key("where the subject embeddings stand in the prompt")
     drop_probability: float = key("of training on the text prompt alone", low=0.0, high=1.0)
@@ -225,6 +232,7 @@ class Stage2Config(TrainConfig):
     )
     augmentation: Stage2Augmentation = key("random changes of subject and target")
     subject: Stage2Subject = key("the subject in the prompt")
+    loss: Stage2Loss = key("the noise-prediction loss")
 
 
 # ---- the other commands --------------------------------------------------------------------------------------------

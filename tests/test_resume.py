@@ -186,12 +186,13 @@ def test_a_folder_that_cannot_be_written_stops_the_run(world, tmp_path, monkeypa
 def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkeypatch, capsys):
     from blipdiff_train.stages.stage2 import Stage2Module
 
-    honest = Stage2Module.noise_loss
-    monkeypatch.setattr(
-        Stage2Module,
-        "noise_loss",
-        lambda self, batch: honest(self, batch) * (float("nan") if 9 in batch.positions else 1.0),
-    )
+    honest = Stage2Module.noise_losses
+
+    def spoiled(self, batch):
+        losses, weights = honest(self, batch)
+        return losses * (float("nan") if 9 in batch.positions else 1.0), weights
+
+    monkeypatch.setattr(Stage2Module, "noise_losses", spoiled)
     tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 2)]
     plain = cli.compose("train", [*tokens, "trainer.max_micro_batch=2"])
     config, _ = configuration.check_command("train", plain)

@@ -155,6 +155,11 @@ class Denoiser(nn.Module):
         alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)  # B 1 1 1
         return alphas.sqrt(), (1.0 - alphas).sqrt()
 
+    def signal_to_noise(self, timesteps: Tensor) -> Tensor:
+        """ᾱ_t / (1 − ᾱ_t) of the timesteps (B), fp32."""
+        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        return alphas / (1.0 - alphas)
+
     def predict_noise(
         self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, **unet_arguments: Any
     ) -> Tensor:

@@ -12,7 +12,8 @@ Deliberate differences from LAVIS:
 * A share of the samples has its subject dropped (paper: 15 %); the data decides which, the released code never does.
 * Noise, timestep and posterior sample of a sample are functions of (seed, its position in the global order), dropout
   of (seed, the step's first position, rank): a resumed run continues with the same numbers.
-* The loss is logged under the name of the one thing that is optimised, and validated with fixed noise, with the own
+* The timesteps may be weighted (``loss_weighting``); ``constant`` is LAVIS.
+* The loss is logged without its weights beside what is minimised, and validated with fixed noise, with the own
   subject, none, and another's: the differences say whether the subject is used.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from blipdiff_train.common import distributed
 from blipdiff_train.common.rng import derive_seed, torch_generator
 from blipdiff_train.data.prompts import clean_caption, get_template, names_subject
-from blipdiff_train.losses.diffusion import noise_prediction_loss, noise_prediction_loss_per_sample
+from blipdiff_train.losses.diffusion import noise_prediction_loss_per_sample, truncated_snr_weights
 from blipdiff_train.models.denoiser import draw_normal, draw_timesteps
 from blipdiff_train.models.ema import ParameterAverage
 from blipdiff_train.models.freezing import keep_frozen_in_eval, set_trainable
@@ -61,6 +62,7 @@ class Stage2Module(LightningModule):
         total_steps: optimizer steps of the whole run.
         lr, weight_decay, betas, eps, schedule, warmup_steps, warmup_lr, min_lr: see ``stages.optim``.
         seed: of all randomness in the step; 0 is a seed.
+        loss_weighting: of the timesteps: ``constant`` (paper), or ``truncated_snr``, see ``losses.diffusion``.
         trainable: name patterns under ``qformer.``, ``projection.``, ``text_encoder.`` and ``unet.``, see
             ``models.freezing``. What no subject embedding depends on is left out by itself.
         ema_decay: of the averaged weights; None keeps none.
@@ -91,6 +93,7 @@ class Stage2Module(LightningModule):
         warmup_steps: int = 0,
         warmup_lr: float = 0.0,
         min_lr: float = 0.0,
+        loss_weighting: str = "constant",
         trainable: Sequence[str] = PAPER_TRAINABLE,
         ema_decay: float | None = None,
         gradient_checkpointing: bool = False,
@@ -103,6 +106,7 @@ class Stage2Module(LightningModule):
         parts.metadata.update(template=template, prompt_reps=1)
         parts.metadata.pop("subject_position", None)  # of the folder the parts came from; the template says it now
         self.seed = seed
+        self.loss_weighting = loss_weighting
         self.optimizer_settings = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.schedule_settings = {
             "schedule": schedule,
@@ -151,10 +155,19 @@ class Stage2Module(LightningModule):
     def training_step(self, batch: Stage2Batch, batch_idx: int) -> Tensor:
         # dropout is the one thing drawn from the global generator: seeded here, it survives an interruption
         torch.manual_seed(derive_seed(self.seed, "dropout", int(batch.positions[0]), distributed.rank()))
-        return self.log_and_sum({"noise": self.noise_loss(batch)}, len(batch))
+        losses, weights = self.noise_losses(batch)
+        total = (weights * losses).mean()
+        values = {"train/loss_noise": losses.mean().detach(), "train/loss": total.detach()}
+        self.log_dict(values, batch_size=len(batch))
+        return total
 
     def noise_loss(self, batch: Stage2Batch) -> Tensor:
-        """The noise-prediction loss (scalar fp32) of a batch, with the batch's own random numbers."""
+        """What a step on the batch minimises, scalar fp32."""
+        losses, weights = self.noise_losses(batch)
+        return (weights * losses).mean()
+
+    def noise_losses(self, batch: Stage2Batch) -> tuple[Tensor, Tensor]:
+        """The noise-prediction losses and their weights, (B) fp32 each, with the samples' own random numbers."""
         positions = batch.positions.tolist()
         subject_embeds = self.subject_encoder(batch.subject_image, batch.subject_text)  # B Q D
         prompt_embeds = self.encode_prompts(batch, subject_embeds, batch.subject_dropped)  # B L D
@@ -165,7 +178,13 @@ class Stage2Module(LightningModule):
         )
         noisy_latents = self.denoiser.add_noise(latents, noise, timesteps)
         prediction = self.denoiser.predict_noise(noisy_latents, timesteps, prompt_embeds)
-        return noise_prediction_loss(prediction, self.denoiser.training_target(latents, noise, timesteps))
+        losses = noise_prediction_loss_per_sample(
+            prediction, self.denoiser.training_target(latents, noise, timesteps)
+        )
+        if self.loss_weighting == "constant":
+            return losses, torch.ones_like(losses)
+        snr = self.denoiser.signal_to_noise(timesteps)
+        return losses, truncated_snr_weights(snr, self.denoiser.prediction_type)
 
     def encode_prompts(self, batch: Stage2Batch, subject_embeds: Tensor, subject_dropped: Tensor) -> Tensor:
         """Hidden states (B L D) of the batch's sentences, with the subject spliced in where it is not dropped."""
@@ -204,13 +223,6 @@ class Stage2Module(LightningModule):
     def generators(self, purpose: str, positions: Sequence[int], *indices: int) -> list[torch.Generator]:
         """One CPU generator for each sample; its numbers do not depend on batch, rank or history."""
         return [torch_generator(self.seed, purpose, position, *indices) for position in positions]
-
-    def log_and_sum(self, losses: dict[str, Tensor], batch_size: int) -> Tensor:
-        """Log each loss and their sum, and return the sum: what is logged is what is optimised."""
-        total = torch.stack(list(losses.values())).sum()
-        values = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()}
-        self.log_dict({**values, "train/loss": total.detach()}, batch_size=batch_size)
-        return total
 
     # ---- validation ------------------------------------------------------------------------------------------------
 

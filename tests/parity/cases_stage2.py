@@ -13,7 +13,7 @@ from blipdiff_train.checkpoints.tokenizers import load_clip_tokenizer
 from blipdiff_train.checkpoints.transformers import load_clip_text
 from blipdiff_train.inference.control import ControlPipeline, load_controlnet
 from blipdiff_train.inference.pipeline import SubjectPipeline
-from blipdiff_train.losses.diffusion import noise_prediction_loss
+from blipdiff_train.losses.diffusion import noise_prediction_loss_per_sample
 from blipdiff_train.models.denoiser import Denoiser
 from blipdiff_train.models.subject_encoder import SubjectProjection
 from blipdiff_train.models.text_encoder import TextEncoder
@@ -109,7 +109,7 @@ def run_stage2_loss(case: Case) -> dict[str, Comparison]:
         noisy_latents = denoiser.add_noise(latents, inputs["noise"], inputs["timesteps"])
         noise_pred = denoiser.predict_noise(noisy_latents, inputs["timesteps"], prompt_embeds)
         target = denoiser.training_target(latents, inputs["noise"], inputs["timesteps"])
-        loss = noise_prediction_loss(noise_pred, target)
+        loss = noise_prediction_loss_per_sample(noise_pred, target).mean()
         loss.backward()
 
         mean, log_variance = moments.chunk(2, dim=1)

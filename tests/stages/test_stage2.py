@@ -11,6 +11,7 @@ from tiny_models import TARGET_SIZE, tiny_batch, tiny_parts
 from torch.utils.data import DataLoader
 
 from blipdiff_train.data.samples import Stage2Batch
+from blipdiff_train.models.denoiser import draw_timesteps
 from blipdiff_train.stages.stage2 import Stage2Module
 
 
@@ -177,6 +178,19 @@ def test_gradient_checkpointing_changes_no_number() -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_truncated_snr_weighs_the_samples_by_their_timesteps() -> None:
+    plain, module, batch = build().eval(), build(loss_weighting="truncated_snr").eval(), tiny_batch()
+    generators = module.generators("timestep", batch.positions.tolist())
+    timesteps = draw_timesteps(module.denoiser.num_train_timesteps, generators)
+    alphas = module.denoiser.alphas_cumprod[timesteps]
+    weights = ((1 - alphas) / alphas).clamp(min=1)
+    assert weights.max() > 1
+    losses, ones = plain.noise_losses(batch)
+    assert torch.equal(ones, torch.ones(len(batch)))
+    torch.testing.assert_close(module.noise_loss(batch), (weights * losses).mean())
+    assert torch.equal(module.noise_losses(batch)[0], losses)  # what is logged as the noise loss has no weights
 
 
 def test_mixed_precision_keeps_the_loss_in_fp32() -> None:
