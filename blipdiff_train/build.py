@@ -432,6 +432,7 @@ def module(config: TrainConfig, parts: ModelParts) -> Stage1Module | Stage2Modul
             max_text_len=config.model.max_text_tokens,
             loss_weights={"itc": config.loss.itc, "itm": config.loss.itm, "itg": config.loss.itg},
             label_smoothing=config.loss.label_smoothing,
+            mask_same_caption=config.loss.mask_same_caption,
             **common,
         )
     from blipdiff_train.stages.stage2 import Stage2Module

@@ -185,6 +185,10 @@ class Stage1Loss:
     itg: float = key("weight of image-grounded captioning", low=0.0)
     label_smoothing: float = key("of the contrastive targets and of the captioning loss", low=0.0, high=0.5)
     temperature: float = key("initial temperature of the contrast; it is learned", above=0.0)
+    mask_same_caption: bool = key(
+        "matching: pairs whose captions read the same are no negatives, and a sample without a negative is left out; "
+        "false: LAVIS's draw, which labels both as no match"
+    )
 
 
 @dataclass(frozen=True)

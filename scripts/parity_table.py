@@ -52,7 +52,14 @@ def main() -> int:
         if kind is None:
             lines.append(f"| {name} | no runner | | | | |")
             continue
-        for quantity, found in run_case(case).items():
+        try:
+            compared = run_case(case)
+        except Exception as error:  # one broken case must not hide the others
+            num_bad += 1
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            lines.append(f"| {name} | {kind} | {reason} | | | **failed** |")
+            continue
+        for quantity, found in compared.items():
             num_run += 1
             num_bad += not found.good
             verdict = "" if found.good else "**outside**"

@@ -80,7 +80,7 @@ PNDM_KEYS = (
 )
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# what transformers 4.33 assumed for keys that its config files leave out (Blip2VisionConfig, Blip2QFormerConfig)
+# what transformers up to 4.33 assumes for keys that its config files leave out (Blip2VisionConfig, Blip2QFormerConfig)
 VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
@@ -91,6 +91,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
+VISION_EPS_SINCE_4_34 = 1e-6  # the only default that later versions changed; they leave out this value instead
 QFORMER_NAMES: dict[str, str] = {  # theirs: ours
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -326,13 +327,15 @@ def read_model_index(file: Path) -> dict[str, Any]:
 
 
 def read_qformer_config(file: Path) -> tuple[dict[str, Any], QFormerConfig]:
-    """Sizes of tower and Q-Former from ``qformer/config.json``; keys left out have transformers 4.33's values.
+    """Sizes of tower and Q-Former from ``qformer/config.json``; keys left out have the writing transformers' defaults.
 
     Raises:
         ValueError: another class, or sizes that do not belong together.
     """
     config = read_json(file, allowed_class_names=("Blip2QFormerModel",))
-    vision = VISION_DEFAULTS | _given(config.get("vision_config"), VISION_KEYS)
+    written_by = [int(part) for part in str(config.get("transformers_version", "")).split(".")[:2] if part.isdigit()]
+    changed = {"layer_norm_eps": VISION_EPS_SINCE_4_34} if written_by >= [4, 34] else {}
+    vision = VISION_DEFAULTS | changed | _given(config.get("vision_config"), VISION_KEYS)
     theirs = QFORMER_DEFAULTS | _given(config.get("qformer_config"), tuple(QFORMER_NAMES))
     sizes = {ours: theirs[name] for name, ours in QFORMER_NAMES.items()}
     activation = (config.get("qformer_config") or {}).get("hidden_act", "gelu")

@@ -8,7 +8,8 @@ Deliberate differences from LAVIS:
 * A pair whose text reads the same as the row's own may be left out of the draw as well (``same_text``): LAVIS leaves
   out the own pair and pairs of the same image only, and so trains on matching pairs that are labelled as no match.
   Without ``same_text`` the draw's weights are LAVIS's.
-* A row that has no admissible negative gets none and counts nowhere; LAVIS would draw one of the masked pairs.
+* A row that has no admissible negative gets none and counts nowhere; LAVIS draws any pair for it, its own included,
+  and so does ``draw_anyway``.
 * All rows are drawn at once, with an explicit generator, from uniform numbers made on the CPU: no ``.item()`` per row,
   and the same draw on any device.
 * The accuracy is reported beside what a constant answer would reach (LAVIS issues 149, 266, 282, 463 are about
@@ -43,14 +44,15 @@ def inadmissible_negatives(positives: Tensor, same_text: Tensor | None = None) -
     return positives if same_text is None else positives | same_text
 
 
-def negative_weights(sim: Tensor, inadmissible: Tensor) -> Tensor:
+def negative_weights(sim: Tensor, inadmissible: Tensor, *, draw_anyway: bool = False) -> Tensor:
     """Probability of each pair as a row's negative, (B, G) fp32: softmax of the admissible similarities.
 
-    A row without an admissible pair is all zeros. No gradient: the draw is not differentiated.
+    A row without an admissible pair is all zeros, or uniform with ``draw_anyway``, as in the reference. No gradient:
+    the draw is not differentiated.
     """
     sim = sim.detach().float().masked_fill(inadmissible.to(sim.device), -torch.inf)
     # softmax of a row of -inf is NaN; such a row has no negative at all
-    return torch.softmax(sim, dim=1).nan_to_num(0.0)
+    return torch.softmax(sim, dim=1).nan_to_num(1.0 / sim.shape[1] if draw_anyway else 0.0)
 
 
 def sample_hard_negatives(weights: Tensor, generator: torch.Generator) -> Tensor:

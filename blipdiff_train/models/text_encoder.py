@@ -52,6 +52,7 @@ class TextEncoder(nn.Module):
     def __init__(self, clip_text_model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.model = clip_text_model
+        self.model.final_layer_norm.eps = 1e-5  # the references build this one norm without the configuration's eps
         self.tokenizer = tokenizer
         self.max_length: int = clip_text_model.config.max_position_embeddings
         self.width: int = clip_text_model.config.hidden_size

@@ -10,7 +10,8 @@ Deliberate differences from LAVIS, beyond those listed in ``models.qformer`` and
 * Image keys and values are shared by the three losses; across processes only the negative images that come from
   elsewhere are encoded, from the frozen tower's output gathered without gradient. LAVIS gathers ``ln_vision``'s output
   with gradient and sends it back to the image's own process: after DDP's averaging the two gradients are the same.
-* Captions that read the same are no negatives of each other (``mask_same_caption=False`` is LAVIS).
+* Captions that read the same are no negatives of each other, and a sample without a negative is left out of the
+  matching loss (``mask_same_caption=False`` is LAVIS in both).
 * Text is padded to the longest caption of the batch.
 * Dropout and the draw of negatives come from (seed, step, rank), so that an interrupted run repeats them.
 """
@@ -91,7 +92,8 @@ class Stage1Module(LightningModule):
         max_text_len: captions are cut to this many tokens.
         loss_weights: factor of each loss in the total; one of ``itc``, ``itm``, ``itg`` left out counts 1.
         label_smoothing: of ITC and ITG; ITM has none.
-        mask_same_caption: whether pairs whose captions read the same are kept out of the ITM negatives.
+        mask_same_caption: whether pairs whose captions read the same are kept out of the ITM negatives, and samples
+            without a negative out of the ITM loss; False is the reference's draw.
         lr, min_lr, warmup_steps, warmup_lr, schedule: see ``stages.optim.learning_rate``.
         weight_decay, betas, eps: of AdamW.
         trainable: patterns on parameter names; what matches none of them is frozen.
@@ -223,8 +225,10 @@ class Stage1Module(LightningModule):
             ids_own, mask_own = _pad_to(ids_own, ids_all.shape[1]), _pad_to(mask_own, ids_all.shape[1])
         same_text = (ids_own[:, None] == ids_all[None]).all(-1) if self.mask_same_caption else None
         inadmissible = inadmissible_negatives(positives, same_text)
-        weights_t2i, weights_i2t = negative_weights(sim_t2i, inadmissible), negative_weights(sim_i2t, inadmissible)
-        has_negative = (~inadmissible).any(1)
+        draw_anyway = not self.mask_same_caption
+        weights_t2i = negative_weights(sim_t2i, inadmissible, draw_anyway=draw_anyway)
+        weights_i2t = negative_weights(sim_i2t, inadmissible, draw_anyway=draw_anyway)
+        has_negative = (~inadmissible).any(1) | draw_anyway
         if negatives is None:
             negative_image = sample_hard_negatives(weights_t2i, generator)
             negative_text = sample_hard_negatives(weights_i2t, generator)

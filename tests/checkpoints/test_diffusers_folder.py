@@ -92,16 +92,19 @@ def test_loading_leaves_the_global_generator_alone_and_is_repeatable(folder, voc
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_missing_vision_epsilon_is_the_old_default(folder, vocabulary):
-    """transformers 4.33 left out 1e-5 because it was its default; newer versions would fill in 1e-6."""
+@pytest.mark.parametrize(
+    ("version", "eps"), [(None, 1e-5), ("4.31.0.dev0", 1e-5), ("4.33.2", 1e-5), ("4.34.0", 1e-6), ("5.0.0", 1e-6)]
+)
+def test_a_missing_vision_epsilon_is_the_default_of_its_writer(folder, vocabulary, version, eps):
+    """transformers 4.33 left out 1e-5 because it was its default; since 4.34 the default is 1e-6."""
     file = folder / "qformer" / "config.json"
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text()) | {"transformers_version": version}
     del config["vision_config"]["layer_norm_eps"]
     file.write_text(json.dumps(config))
     parts = layout.load(folder, bert_tokenizer=vocabulary)
-    assert parts.image_encoder.pre_layrnorm.eps == 1e-5
-    assert parts.image_encoder.encoder.layers[0].layer_norm1.eps == 1e-5
-    assert parts.qformer.ln_vision.eps == 1e-5
+    assert parts.image_encoder.pre_layrnorm.eps == eps
+    assert parts.image_encoder.encoder.layers[0].layer_norm1.eps == eps
+    assert parts.qformer.ln_vision.eps == eps
 
 
 def test_the_image_norm_has_the_towers_epsilon(folder, vocabulary, tmp_path):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from blipdiff_train.checkpoints.diffusers import read_qformer_config
 from blipdiff_train.checkpoints.keys import Gaps, assign, state_shapes, to_ours
 from blipdiff_train.checkpoints.tables import diffusers_qformer, lavis_qformer, lavis_tower, projection
 from blipdiff_train.checkpoints.tokenizers import load_bert_tokenizer
@@ -31,6 +33,7 @@ from .runner import (
     Comparison,
     compare_activation,
     compare_gradients,
+    largest,
     largest_difference,
     register,
     run_case,
@@ -59,8 +62,10 @@ def qformer_config(case: Case) -> QFormerConfig:
         max_position_embeddings=config["max_position_embeddings"],
         num_query_tokens=config["num_query_token"],
         cross_attention_freq=config["cross_attention_freq"],
-        image_width=config.get("encoder_width", config.get("vit_width")),
+        image_width=config["encoder_width"],
         dropout=0.0,
+        layer_norm_eps=config.get("layer_norm_eps_bert", 1e-12),
+        image_norm_eps=config.get("layer_norm_eps_ln_vision", 1e-5),
     )
 
 
@@ -78,10 +83,13 @@ def build_stage(case: Case, **options: Any) -> Stage1Module:
         parts,
         to_ours(case.tensors("weights.safetensors"), rows, state_shapes(parts), file=case.folder, gaps=POSITION_IDS),
     )
+    smoothing = config.get("itc_label_smoothing", 0.1)
+    if config.get("lm_label_smoothing", smoothing) != smoothing:
+        raise ValueError(f"{case.folder}: ITC and LM have different label smoothing; a stage has one for both")
     arguments = {
         "total_steps": 1,
         "max_text_len": config["max_txt_len"],
-        "label_smoothing": config.get("itc_label_smoothing", 0.1),
+        "label_smoothing": smoothing,
         "mask_same_caption": False,  # the reference
     }
     tokenizer = load_bert_tokenizer(case.folder)
@@ -201,7 +209,7 @@ def run_ddp(case: Case) -> dict[str, Comparison]:
         multiprocessing.set_forkserver_preload(["torch", "transformers", "diffusers", "pytorch_lightning"])
         mp.start_processes(_ddp_process, (world_size, port, case, folder), nprocs=world_size, start_method="forkserver")
         ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-    return {name: Comparison(max(found[name][0] for found in ranks), ranks[0][name][1]) for name in ranks[0]}
+    return {name: Comparison(largest(found[name][0] for found in ranks), ranks[0][name][1]) for name in ranks[0]}
 
 
 def _ddp_process(rank: int, world_size: int, port: int, case: Case, folder: str) -> None:
@@ -248,37 +256,31 @@ def run_features(case: Case) -> dict[str, Comparison]:
     return {name: compare_activation(case, name, ours[name], recorded[name]) for name in recorded}
 
 
-@register("Q-Former of diffusers", lambda case: case.has("keymap.json", "model.safetensors", "outputs.safetensors"))
+@register("Q-Former of diffusers", lambda case: case.has("config.json", "model.safetensors", "vocab.txt"))
 @torch.no_grad()
 def run_qformer(case: Case) -> dict[str, Comparison]:
     """Image tower, multimodal pass and projection, from diffusers' file and from LAVIS's of the same weights."""
     recorded, inputs = case.tensors("outputs.safetensors"), case.tensors("inputs.safetensors")
-    config = case.info["config"]
-    layers = config["vit_layers"]
-    result = {}
+    vision, config = read_qformer_config(case.folder / "config.json")
+    layers = vision["num_hidden_layers"]
+    tokens = load_bert_tokenizer(case.folder)(case.info["texts"], padding="longest", return_tensors="pt")
+    same = tokens.input_ids.shape == inputs["input_ids"].shape and torch.equal(tokens.input_ids, inputs["input_ids"])
+    result = {"tokens": Comparison(0.0 if same else float("inf"), 0.0)}
     for source, file in (("diffusers", "model.safetensors"), ("LAVIS", "weights_lavis.safetensors")):
+        if not case.has(file):
+            continue
         parts = nn.ModuleDict(
             {
-                "tower": ImageEncoder.from_config(
-                    skip_last_layers=0,
-                    hidden_size=config["vit_width"],
-                    intermediate_size=4 * config["vit_width"],
-                    num_hidden_layers=layers,
-                    num_attention_heads=config["vit_heads"],
-                    image_size=config["image_size"],
-                    patch_size=config["patch_size"],
-                    hidden_act="quick_gelu",
-                    layer_norm_eps=1e-5,
-                ),
-                "qformer": QFormer(qformer_config(case)),
-                "heads": AlignmentHeads(config["hidden_size"], config["embed_dim"]),
-                "projection": SubjectProjection(config["hidden_size"], dropout=0.0),
+                "tower": ImageEncoder.from_config(skip_last_layers=0, **vision),
+                "qformer": QFormer(replace(config, dropout=0.0)),
+                "heads": AlignmentHeads(config.hidden_size, case.info["config"].get("embed_dim", 256)),
+                "projection": SubjectProjection(config.hidden_size, dropout=0.0),
             }
         )
-        tensors, rows = case.tensors(file), diffusers_qformer(parts["qformer"].config, layers)
+        tensors, rows = case.tensors(file), diffusers_qformer(config, layers)
         if source == "LAVIS":
             tensors = {name.removeprefix("blip."): tensor for name, tensor in tensors.items()}
-            rows = [*lavis_qformer(parts["qformer"].config), *lavis_tower(layers), *projection("proj_layer.")]
+            rows = [*lavis_qformer(config), *lavis_tower(layers), *projection("proj_layer.")]
         state = to_ours(tensors, rows, state_shapes(parts), file=case.folder / file, gaps=POSITION_IDS)
         parts.load_state_dict(parts.state_dict() | state)
 

@@ -81,12 +81,19 @@ def run_stage2_loss(case: Case) -> dict[str, Comparison]:
     from diffusers import DDPMScheduler
 
     schedule = DDPMScheduler(**case.info["noise_scheduler"]["config"])
-    denoiser = Denoiser(diffusers_folder.load_vae(case.folder), diffusers_folder.load_unet(case.folder), schedule)
+    vae, config = diffusers_folder.load_vae(case.folder), case.info["config"]
+    # LAVIS multiplies by a literal, whatever the VAE's configuration says
+    vae.register_to_config(scaling_factor=config.get("latent_scale", vae.config.scaling_factor))
+    denoiser = Denoiser(vae, diffusers_folder.load_unet(case.folder), schedule)
     text_encoder = TextEncoder(
         load_clip_text(case.folder, subfolder="text_encoder"), load_clip_tokenizer(case.folder / "tokenizer")
     )
     weights = case.tensors("proj_layer.safetensors")
-    projection = SubjectProjection(weights["dense2.weight"].shape[0], weights["dense1.weight"].shape[0])
+    projection = SubjectProjection(
+        weights["dense2.weight"].shape[0],
+        weights["dense1.weight"].shape[0],
+        layer_norm_eps=config.get("proj_layer", {}).get("LayerNorm_eps", 1e-12),
+    )
     projection.load_state_dict(weights)
     modules = {"proj_layer": projection.eval(), "text_encoder": text_encoder.eval(), "unet": denoiser.eval().unet}
 
@@ -95,14 +102,17 @@ def run_stage2_loss(case: Case) -> dict[str, Comparison]:
         f"alphas_cumprod[{timestep}]": Comparison(abs(float(denoiser.alphas_cumprod[int(timestep)]) - value), 1e-7)
         for timestep, value in case.info["noise_scheduler"].get("alphas_cumprod", {}).items()
     }
-    for captions, suffix in ((case.info["captions"], ""), (case.info["captions_padded"], "_padded")):
+    for suffix in ("", "_padded"):
+        if not case.has(f"outputs{suffix}.safetensors"):
+            continue
+        captions = case.info[f"captions{suffix}"]
         outputs, recorded = case.tensors(f"outputs{suffix}.safetensors"), case.tensors(f"grads{suffix}.safetensors")
         for module in modules.values():
             module.zero_grad(set_to_none=True)
         multimodal_embeds = inputs["multimodal_embeds"].clone().requires_grad_()
 
         subject_embeds = projection(multimodal_embeds)
-        position = case.info["config"]["ctx_begin_pos"]
+        position = config["ctx_begin_pos"]
         prompt_embeds = text_encoder(captions, subject_embeds, subject_position=position, pad=bool(suffix))
         moments = denoiser.encode_moments(inputs["tgt_image"])
         latents = denoiser.sample_latents(moments, inputs["posterior_eps"])

@@ -134,6 +134,10 @@ def test_without_any_negative_the_step_is_finite(rows) -> None:
     outputs = run(module, rows)
     assert outputs.itm.baseline.item() == 1.0
     assert int(outputs.itm_exists.sum()) == len(rows)
+    outputs = run(build(mask_same_caption=False), rows)  # the reference draws one of them all the same
+    assert outputs.itm.baseline.item() == pytest.approx(2 / 3)
+    if len(set(rows.image_id.tolist())) == 1:
+        assert torch.allclose(outputs.weights_i2t, torch.full((len(rows), len(rows)), 1 / len(rows)))
 
 
 def test_captions_that_read_the_same_are_no_negatives() -> None:
