@@ -89,7 +89,14 @@ def trainer(
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-    from blipdiff_train.stages.callbacks import Checkpointing, FiniteCheck, ProgressLine, SampleGrids, StepLog
+    from blipdiff_train.stages.callbacks import (
+        Checkpointing,
+        FaultLimit,
+        FiniteCheck,
+        ProgressLine,
+        SampleGrids,
+        StepLog,
+    )
     from blipdiff_train.stages.latents import LatentCache
     from blipdiff_train.stages.resume import Saver
 
@@ -121,8 +128,17 @@ def trainer(
         plugins=plugins,
         default_root_dir=config.run_dir,
     )
-    log = StepLog(loggers, every=config.every.log, samples_per_step=plan.global_batch)
     start = (0, 0) if state is None else (state["step"], state["position"])
+    limit = FaultLimit(
+        max_bad_fraction=config.data.max_bad_fraction,
+        quarantine=datamodule.quarantine,
+        samples_per_step=plan.global_batch,
+        start=start,
+        causes=None if state is None else state.get("faults"),
+    )
+    log = StepLog(
+        loggers, every=config.every.log, samples_per_step=plan.global_batch, faults=lambda: limit.causes
+    )
     saver = Saver(
         made,
         module,
@@ -133,11 +149,13 @@ def trainer(
         config=plain,
         frozen=frozen,
         start=start,
+        data=datamodule.fingerprint,
+        faults=lambda: limit.causes,
         loggers=loggers,
     )
     if datamodule.latents is not None:
         made.callbacks.append(LatentCache(datamodule, signals, say))
-    made.callbacks += [FiniteCheck(), log, ProgressLine(f"stage {config.stage}", log)]
+    made.callbacks += [FiniteCheck(), limit, log, ProgressLine(f"stage {config.stage}", log)]
     if config.every.samples is not None and has_validation:
         made.callbacks.append(
             SampleGrids(
@@ -235,7 +253,6 @@ def datamodule(config: TrainConfig, parts: ModelParts, data: DataSettings) -> Sh
         shuffle_window=data.window_shards,
         num_workers=data.workers,
         pin_memory=accelerator == "gpu",
-        max_bad_fraction=data.max_bad_fraction,
         quarantine=str(Path(config.run_dir) / "quarantine.jsonl"),
         cache_dir=data.cache,
         cache_max_bytes=int(data.cache_gb * 1e9),
@@ -446,7 +463,9 @@ def module(config: TrainConfig, parts: ModelParts) -> Stage1Module | Stage2Modul
 def loggers(
     config: TrainConfig, plain: Mapping[str, Any], state: Mapping[str, Any] | None
 ) -> list[MetricsLogger]:
-    """The CSV files, and what the configuration asks for besides; for rank 0.
+    """What the configuration asks for, and the CSV files; for rank 0.
+
+    The files come last: what stands in them has been handed to the others, which a later start relies on.
 
     Args:
         state: the checkpoint that the run continues from.
@@ -454,10 +473,11 @@ def loggers(
     from blipdiff_train.stages.loggers import CsvLogger, TensorBoardLogger, WandbLogger
 
     step = 0 if state is None else state["step"]
-    table = CsvLogger(config.run_dir, step=step)
-    found: list[MetricsLogger] = [table]
+    due = state is not None and state["validation_due"]
+    table = CsvLogger(config.run_dir, step=step, validation_due=due)
+    found: list[MetricsLogger] = []
     if config.logger.tensorboard:
-        found.append(TensorBoardLogger(config.run_dir, step=step))
+        found.append(TensorBoardLogger(config.run_dir, step=step, validated=table.validated))
     if config.logger.wandb:
         found.append(
             WandbLogger(
@@ -471,4 +491,4 @@ def loggers(
                 config=plain,
             )
         )
-    return found
+    return [*found, table]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
+import sys
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_NOT_SAVED = 74
-"""A checkpoint could not be written; the one before it is intact."""
+"""The disk is full or read-only: a checkpoint or the log could not be written; the checkpoint before it is intact."""
 EXIT_INTERRUPTED = 85
 """A signal stopped the run after a step, which is saved: run the same command again."""
 
@@ -34,6 +37,7 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
         plain: the same as plain data, for the checkpoint and the loggers.
     """
     from blipdiff_train.checkpoints.training import CheckpointError
+    from blipdiff_train.data.faults import TooManyBadSamples
     from blipdiff_train.stages.callbacks import NonFiniteLoss, RunInterrupted, StopSignals
 
     quiet()
@@ -41,7 +45,7 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
     signals.install()
     try:
         return train(config, plain, signals)
-    except (RunInterrupted, CheckpointError, NonFiniteLoss) as error:
+    except (RunInterrupted, CheckpointError, NonFiniteLoss, TooManyBadSamples) as error:
         # raised on every rank; the others end quietly, or Lightning's observer would kill rank 0 in mid-sentence
         if not is_main():
             return 0
@@ -50,13 +54,26 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
             return EXIT_INTERRUPTED
         say(f"stopped: {error}")
         return EXIT_NOT_SAVED if isinstance(error, CheckpointError) else EXIT_FAILED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("BLIPDIFF_DEBUG"):
             traceback.print_exc()
-        say(f"stopped: {error}\n(BLIPDIFF_DEBUG=1 shows where)")
-        return EXIT_FAILED
+        words = f"stopped: {message_of(error)}\n(BLIPDIFF_DEBUG=1 shows where)"
+        if is_main():
+            say(words)
+        else:  # it may have happened here alone, and rank 0 then only notices that this rank is gone
+            print(f"rank {os.environ.get('RANK') or os.environ.get('LOCAL_RANK')} {words}", file=sys.stderr, flush=True)
+        unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return EXIT_NOT_SAVED if unwritable else EXIT_FAILED
     finally:
         signals.uninstall()
+
+
+def message_of(error: Exception) -> str:
+    """What an error says; of one from a loader process what it said there, without that process's traceback."""
+    text = str(error)
+    if "DataLoader worker process" not in text.split("\n", 1)[0]:
+        return text
+    return re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text)[-1].strip()
 
 
 def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -> int:

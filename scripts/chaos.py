@@ -7,6 +7,7 @@ What follows ``--`` are the run's own settings. Each start of the run is a proce
 runs the command line and is ended by SIGKILL: at random moments, while it starts, and while it writes a checkpoint.
 Then it is started again with the same arguments. At the end weights, averages, optimizer state and every logged number
 must be the same bits. The processes are forked from one that has imported everything, which makes a start cheap.
+``log.md`` in the output folder has a row for every kill and what was compared; docs/resume.md has those of real runs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import argparse
 import csv
 import os
 import random
+import re
+import shlex
 import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,15 +135,30 @@ def wait(run: Start, until, what: str) -> list[int] | None:
     return None
 
 
-def kill_once(run: Start, way: str, generator: random.Random, every: int) -> str | None:
-    """End a start by SIGKILL in the given way; returns what was done, None if the run had finished before."""
+@dataclass
+class Kill:
+    """How one start ended."""
+
+    way: str
+    step: int
+    """Last step in the run's log."""
+    checkpoint: int
+    """Newest checkpoint file, 0 without any."""
+    left_half: bool
+    """Whether it was writing a checkpoint, which is now half on the disk."""
+
+
+def kill_once(run: Start, way: str, generator: random.Random, every: int) -> Kill | None:
+    """End a start by SIGKILL in the given way; None if the run had finished before."""
     before, stale = last_step(run.folder), half_written(run.folder)
     if way == "while it starts":
         delay = generator.uniform(0, 1.5)
         ended = wait(run, lambda: time.monotonic() - run.began > delay, "start")
     elif way == "while a checkpoint is written":
         ended = wait(run, lambda: bool(half_written(run.folder) - stale), "checkpoint")
-        time.sleep(generator.uniform(0, 0.004))
+        # a big checkpoint takes longer: anywhere in the time that the last one may have taken at 400 MB/s
+        last = run.folder / "checkpoints" / f"step-{newest_checkpoint(run.folder):08d}.pt"
+        time.sleep(generator.uniform(0, 0.004 + (last.stat().st_size / 4e8 if last.exists() else 0)))
     else:
         target = before + generator.randint(1, 2 * every)
         ended = wait(run, lambda: last_step(run.folder) >= target, "step")
@@ -150,8 +169,13 @@ def kill_once(run: Start, way: str, generator: random.Random, every: int) -> str
             raise SystemExit(f"the run ended by itself with exit codes {codes}; see its log")
         return None
     run.kill()
-    half = " (half a checkpoint left)" if half_written(run.folder) - stale else ""
-    return f"killed {way} at step {last_step(run.folder)}{half}"
+    left_half = bool(half_written(run.folder) - stale)
+    return Kill(way, last_step(run.folder), newest_checkpoint(run.folder), left_half)
+
+
+def resumed_steps(log: Path) -> list[int]:
+    """The steps after which starts have continued, in order."""
+    return [int(step) for step in re.findall(r"continuing after step (\d+) of", log.read_text())]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -169,14 +193,21 @@ def _bits(tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def differences(quiet: Path, chaos: Path) -> list[str]:
-    """Everything that is not the same bits in two finished runs."""
+def differences(quiet: Path, chaos: Path, compared: Counter[str] | None = None) -> list[str]:
+    """Everything that is not the same bits in two finished runs.
+
+    Args:
+        compared: counts what was looked at: rows of the logs, and tensors or numbers of each part of the checkpoint.
+    """
     import torch
 
     from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint
 
     found = []
+    compared = Counter() if compared is None else compared
     for name in ("metrics.csv", "validation.csv"):
+        if (quiet / name).exists():
+            compared[f"rows of {name}"] += len(rows(quiet / name))
         if (quiet / name).exists() != (chaos / name).exists():
             found.append(f"{name} is missing in one run")
         elif (quiet / name).exists() and rows(quiet / name) != rows(chaos / name):
@@ -191,7 +222,9 @@ def differences(quiet: Path, chaos: Path) -> list[str]:
             for name in left:
                 if name in right:
                     compare(left[name], right[name], f"{place}.{name}")
-        elif isinstance(left, torch.Tensor):
+            return
+        compared[place.split(".")[0]] += 1
+        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
             same = left.dtype == right.dtype and left.shape == right.shape
             if not same or _bits(left) != _bits(right):
                 found.append(f"{place}: the tensors differ")
@@ -248,32 +281,54 @@ def main() -> int:
 
     generator = random.Random(options.seed)
     ways = ["at a random moment", "while a checkpoint is written", "at a random moment", "while it starts"]
-    kills = finished = 0
-    while True:
-        run = start(commands["chaos"], folders["chaos"], options.processes, options.output / "chaos.log")
-        done = kill_once(run, ways[kills % len(ways)], generator, every) if kills < options.kills else None
+    kills: list[Kill] = []
+    table = options.output / "log.md"
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+        with table.open("a") as file:
+            file.write(line + "\n")
+
+    words = f"--kills {options.kills} --processes {options.processes} --seed {options.seed}"
+    report(f"`python scripts/chaos.py {words} -- {shlex.join(options.settings)}`, {time.strftime('%Y-%m-%d')}\n")
+    report("| SIGKILL | when | logged step | newest checkpoint | half a checkpoint left | next start continued after |")
+    report("|---|---|---|---|---|---|")
+    chaos_log = options.output / "chaos.log"
+    for number in range(1, options.kills + 2):
+        resumed = len(resumed_steps(chaos_log)) if chaos_log.exists() else 0
+        run = start(commands["chaos"], folders["chaos"], options.processes, chaos_log)
+        done = None
+        if number <= options.kills:
+            done = kill_once(run, ways[(number - 1) % len(ways)], generator, every)
         if done is None:
             codes = wait(run, lambda: False, "end")
             if any(codes):
-                raise SystemExit(
-                    f"the run failed with exit codes {codes}; see {options.output / 'chaos.log'}"
-                )
-            finished = 1
+                raise SystemExit(f"the run failed with exit codes {codes}; see {chaos_log}")
+        later = resumed_steps(chaos_log)[resumed:] if chaos_log.exists() else []
+        if kills:
+            words = str(later[0]) if later else "the start" if not kills[-1].checkpoint else "(killed before that)"
+            report(f"{_row(kills[-1], len(kills))} {words} |")
+        if done is None:
             break
-        kills += 1
-        print(
-            f"kill {kills:2d}: {done}; newest checkpoint: step {newest_checkpoint(folders['chaos'])}",
-            flush=True,
-        )
-    found = differences(folders["quiet"], folders["chaos"])
-    print(
-        f"{kills} kills, {finished} finish, {time.monotonic() - began:.0f} s; differences: {len(found) or 'none'}"
+        kills.append(done)
+    compared: Counter[str] = Counter()
+    found = differences(folders["quiet"], folders["chaos"], compared)
+    half = sum(kill.left_half for kill in kills)
+    report(
+        f"\n{len(kills)} kills, {half} of them with half a checkpoint left; {len(kills) + 1} starts; "
+        f"{total} steps; {time.monotonic() - began:.0f} s; differences: {len(found) or 'none'}"
     )
+    report("compared: " + ", ".join(f"{number} {name}" for name, number in compared.items()))
     for difference in found[:20]:
-        print(f"  {difference}")
-    if kills < options.kills:
-        print(f"the run was over before {options.kills} kills: raise total_steps")
-    return 1 if found or kills < options.kills else 0
+        report(f"  {difference}")
+    if len(kills) < options.kills:
+        report(f"the run was over before {options.kills} kills: raise total_steps")
+    return 1 if found or len(kills) < options.kills else 0
+
+
+def _row(kill: Kill, number: int) -> str:
+    half = "yes" if kill.left_half else ""
+    return f"| {number} | {kill.way} | {kill.step} | {kill.checkpoint or 'none'} | {half} |"
 
 
 if __name__ == "__main__":

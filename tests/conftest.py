@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 # before anything imports them: tests are offline, quiet and single-threaded
@@ -34,3 +36,24 @@ def dreambench() -> Path:
     if not folder.is_dir():
         pytest.skip("the DreamBench photographs are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """``models/`` and ``data/`` of ``tiny``: what whole runs of a few seconds need."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_models(folder / "models")
+    tiny.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chaos():
+    """``scripts/chaos.py`` as a module: it compares two runs bit for bit."""
+    spec = importlib.util.spec_from_file_location("chaos", REPOSITORY / "scripts" / "chaos.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = module
+    spec.loader.exec_module(module)
+    return module

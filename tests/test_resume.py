@@ -6,8 +6,6 @@ long version: it takes the real toy models and as many kills as one likes.
 
 from __future__ import annotations
 
-import importlib.util
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,64 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from runs import StopAfter, configure, fit
 
-from blipdiff_train import __main__ as cli
-from blipdiff_train import config as configuration
 from blipdiff_train import train
 from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint, steps_in
-from blipdiff_train.stages import callbacks
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def chaos():
-    spec = importlib.util.spec_from_file_location("chaos", ROOT / "scripts" / "chaos.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chaos"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    tiny.write_models(folder / "models")
-    tiny.write_data(folder / "data")
-    return folder
-
-
-class StopAfter(callbacks.StopSignals):
-    """A SIGTERM that arrives during the n-th step of this start."""
-
-    def __init__(self, steps: int | None) -> None:
-        self._left = steps
-        super().__init__()
-
-    @property
-    def received(self) -> int | None:
-        if self._left is None:
-            return None
-        self._left -= 1
-        return signal.SIGTERM if self._left <= 0 else None
-
-    @received.setter
-    def received(self, value: int | None) -> None:
-        pass
-
-
-def fit(world: Path, output: Path, stage: int, *more: str, stop_after: int | None = None) -> Path:
-    """One start of a run in this process; returns its folder."""
-    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", output, stage)]
-    plain = cli.compose("train", [*tokens, *more])
-    config, problems = configuration.check_command("train", plain)
-    assert not problems
-    if stop_after is None:
-        assert train.train(config, plain, StopAfter(None)) == 0
-    else:
-        with pytest.raises(callbacks.RunInterrupted):
-            train.train(config, plain, StopAfter(stop_after))
-    return Path(config.run_dir)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -149,11 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, tmp_path, chaos, capsys):
 
 def test_other_frozen_weights_are_refused(world, tmp_path):
     fit(world, tmp_path / "run", 1, "total_steps=2", "optim.warmup_steps=0")
-    tokens = [
-        cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path / "run", 1)
-    ]
-    plain = cli.compose("train", [*tokens, "model.skip_last_layers=0"])
-    config, _ = configuration.check_command("train", plain)
+    config, plain = configure(world, tmp_path / "run", 1, "model.skip_last_layers=0")
     with pytest.raises(ValueError, match="the frozen weights of image_encoder are not those"):
         train.train(config, plain, StopAfter(None))
 
@@ -171,9 +113,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run(world, tmp_path, monkeypa
         honest(state, path)
 
     monkeypatch.setattr(training.torch, "save", full)
-    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 1)]
-    plain = cli.compose("train", tokens)
-    config, _ = configuration.check_command("train", plain)
+    config, plain = configure(world, tmp_path, 1)
     assert train.run(config, plain) == train.EXIT_NOT_SAVED
     out = capsys.readouterr().out
     assert "the disk is full; the checkpoint of step 2 is intact" in out
@@ -193,9 +133,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkey
         return losses * (float("nan") if 9 in batch.positions else 1.0), weights
 
     monkeypatch.setattr(Stage2Module, "noise_losses", spoiled)
-    tokens = [cli.quote_stage(t) for t in tiny.overrides(world / "models", world / "data", tmp_path, 2)]
-    plain = cli.compose("train", [*tokens, "trainer.max_micro_batch=2"])
-    config, _ = configuration.check_command("train", plain)
+    config, plain = configure(world, tmp_path, 2, "trainer.max_micro_batch=2")
     assert train.run(config, plain) == train.EXIT_FAILED
     out = capsys.readouterr().out
     assert "the loss of optimizer step 3 is not finite; the step was not taken" in out

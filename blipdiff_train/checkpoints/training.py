@@ -2,8 +2,8 @@
 
 ``step-00000200.pt`` holds what the run needs to go on; ``step-00000200.json`` beside it is written after it and holds
 its size and SHA-256. A file without its description was never finished. What is in it (DESIGN §5): trainable weights,
-their average, optimizer, schedule, step, position in the data, W&B run id, the resolved configuration as plain data,
-and hashes of the frozen parts, which are not stored.
+their average, optimizer, schedule, step, position in the data, bad samples so far, W&B run id, the resolved
+configuration as plain data, and hashes of the frozen parts, which are not stored.
 """
 
 from __future__ import annotations
@@ -190,6 +190,8 @@ def pack(
     position: int,
     frozen: Mapping[str, str],
     config: Mapping[str, Any],
+    data: str | None = None,
+    faults: Mapping[str, int] | None = None,
     average: Mapping[str, Tensor] | None = None,
     precision: Mapping[str, Any] | None = None,
     validation_due: bool = False,
@@ -202,6 +204,8 @@ def pack(
         position: samples consumed, over all ranks.
         frozen: see :func:`frozen_hashes`.
         config: the resolved configuration as plain data; kept for people, never instantiated.
+        data: what the order of the samples depends on besides the configuration, to notice exchanged shards.
+        faults: samples that had to be replaced so far, by cause.
         average: state of the averaged weights.
         precision: state of the gradient scaler in fp16.
         validation_due: the run was stopped after the step and before the validation that belongs to it.
@@ -215,6 +219,8 @@ def pack(
         "stage": stage,
         "step": step,
         "position": position,
+        "data": data,
+        "faults": dict(faults or {}),
         "weights": weights,
         "average": dict(average or {}),
         "optimizer": {"state": optimizer.state_dict()["state"], "names": optimizer_names(module, optimizer)},

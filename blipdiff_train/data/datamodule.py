@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import signal
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,15 +18,13 @@ from blipdiff_train.common import distributed
 from blipdiff_train.common.images import MAX_PIXELS
 from blipdiff_train.data.cache import ShardCache
 from blipdiff_train.data.dataset import PositionDataset, RecordMaker
-from blipdiff_train.data.faults import FaultMonitor
+from blipdiff_train.data.faults import Quarantine
 from blipdiff_train.data.order import EpochOrder, MixedOrder, PositionSampler, accumulation
 from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, Normalisation
-from blipdiff_train.data.samples import Stage1Batch, Stage2Batch, collate_stage1, collate_stage2
+from blipdiff_train.data.samples import collate_stage1, collate_stage2
 from blipdiff_train.data.shards import SampleError, ShardSet
 from blipdiff_train.data.store import SampleStore
 from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform
-
-log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -68,7 +64,6 @@ class ShardDataModule(LightningDataModule):
         prefetch_factor: batches each of them loads ahead.
         pin_memory: for GPUs.
         max_pixels: limit of an image's width × height.
-        max_bad_fraction: share of bad samples above which the run stops.
         quarantine: file in which bad samples are listed; no list if None.
         cache_dir, cache_max_bytes: where remote shards are kept, and how much of them.
 
@@ -107,7 +102,6 @@ class ShardDataModule(LightningDataModule):
         prefetch_factor: int = 2,
         pin_memory: bool = False,
         max_pixels: int = MAX_PIXELS,
-        max_bad_fraction: float = 0.01,
         quarantine: str | Path | None = None,
         cache_dir: str | Path | None = None,
         cache_max_bytes: int = 100 * 2**30,
@@ -129,7 +123,7 @@ class ShardDataModule(LightningDataModule):
         self.val_batch_size, self.val_samples = val_batch_size or micro_batch_size, val_samples
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.shuffle_window = shuffle_window
-        self.max_bad_fraction, self.quarantine = max_bad_fraction, quarantine
+        self.quarantine = quarantine
         self._cache = ShardCache(cache_dir, cache_max_bytes) if cache_dir else None
         self._mixture = _as_mixture(shards)
         self._backgrounds, self._val_shards = backgrounds, val_shards
@@ -152,7 +146,6 @@ class ShardDataModule(LightningDataModule):
                 **common,
             )
         self.position = 0
-        self.fault_counts: Counter[str] = Counter()
         self._train: PositionDataset | None = None
         self._val: PositionDataset | None = None
 
@@ -164,21 +157,8 @@ class ShardDataModule(LightningDataModule):
             raise ValueError(f"position={position}: expected samples consumed, ≥ 0")
         self.position = int(position)
 
-    def state_dict(self) -> dict[str, object]:
-        """The position, and what the order depends on besides the seed, to notice exchanged data."""
-        return {"position": self.position, "data": self.fingerprint()}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        self.set_position(int(state_dict["position"]))
-        if "data" in state_dict and state_dict["data"] != self.fingerprint():
-            log.warning(
-                "the shards (names or sample counts) or mixing weights differ from the checkpoint's: the run goes "
-                "on at position %d of the new order, so some samples come again and some are left out",
-                self.position,
-            )
-
     def fingerprint(self) -> str:
-        """Shard names, sample counts and mixing weights, in short."""
+        """Shard names, sample counts and mixing weights, hashed: what the order depends on besides the settings."""
         self.setup("fit")
         pairs = zip(self._train.shard_sets, self._mixture, strict=True)
         return "+".join(f"{shards.fingerprint()}*{weight:g}" for shards, (_, weight) in pairs)
@@ -222,16 +202,16 @@ class ShardDataModule(LightningDataModule):
         return ShardSet(shards, cache=self._cache)
 
     def _dataset(self, order, shard_sets, backgrounds, num_positions) -> PositionDataset:
-        faults = FaultMonitor(self.quarantine, max_bad_fraction=self.max_bad_fraction)
+        quarantine = Quarantine(self.quarantine)
         extra = {}
         if self.stage == 2:
             extra["backgrounds"] = self._open(backgrounds) if backgrounds is not None else None
-            extra["report"] = functools.partial(_report_background, faults)
+            extra["report"] = functools.partial(_report_background, quarantine)
             if extra["backgrounds"] is not None and len(extra["backgrounds"]) == 0:
                 raise ValueError(f"background shards {backgrounds} hold no photographs")
         transform = self._transform(train=num_positions is None, **extra)
         made = {"maker": self.maker, "latents": self.latents}
-        return PositionDataset(order, shard_sets, transform, faults, num_positions=num_positions, **made)
+        return PositionDataset(order, shard_sets, transform, quarantine, num_positions=num_positions, **made)
 
     def datasets(self) -> list[PositionDataset]:
         """Training, and validation where there is one."""
@@ -268,11 +248,6 @@ class ShardDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         sampler = ValidationSampler(len(self._val), self.val_batch_size, rank=rank, world_size=world_size)
         return self._loader(self._val, sampler, persistent=True)
-
-    def on_before_batch_transfer(self, batch: Stage1Batch | Stage2Batch, dataloader_idx: int):
-        """Count the bad samples of this rank by cause, for the log."""
-        self.fault_counts.update(getattr(batch, "faults", {}))
-        return batch
 
     def _loader(self, dataset: PositionDataset, sampler, *, persistent: bool = False) -> DataLoader:
         options = {}
@@ -332,8 +307,8 @@ def _as_mixture(shards: Shards | Mixture) -> list[tuple[Shards, float]]:
     return mixture
 
 
-def _report_background(faults: FaultMonitor, error: SampleError, shard: str, key: str) -> None:
-    faults.report(cause=f"background: {error.cause}", message=str(error), shard=shard, key=key)
+def _report_background(quarantine: Quarantine, error: SampleError, shard: str, key: str) -> None:
+    quarantine.add(cause=f"background: {error.cause}", message=str(error), shard=shard, key=key)
 
 
 def start_worker(number: int) -> None:

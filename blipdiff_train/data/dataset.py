@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch.utils.data import Dataset
 
-from blipdiff_train.data.faults import FaultMonitor, TooManyBadSamples
+from blipdiff_train.data.faults import NoGoodSample, Quarantine
 from blipdiff_train.data.order import Place
 from blipdiff_train.data.shards import SampleError, ShardSet
 from blipdiff_train.data.store import SampleStore
@@ -40,7 +40,7 @@ class PositionDataset(Dataset, Generic[Sample]):
         order: position → place.
         shard_sets: one for each data set of the order.
         transform: (record, position) → sample, with a ``suffixes`` attribute; raises SampleError for bad samples.
-        faults: keeps count.
+        quarantine: where bad samples are listed.
         num_positions: length to report; None for an endless training order.
         maker: where records come from that are not in the shards as they are; None: all are.
         latents: members that complete each record with its latents; None: without.
@@ -51,15 +51,15 @@ class PositionDataset(Dataset, Generic[Sample]):
         order: Callable[[int], Place],
         shard_sets: Sequence[ShardSet],
         transform: Callable[..., Sample],
-        faults: FaultMonitor,
+        quarantine: Quarantine,
         *,
         num_positions: int | None = None,
         maker: RecordMaker | None = None,
         latents: SampleStore | None = None,
     ):
-        self.order, self.shard_sets, self.transform, self.faults = order, list(shard_sets), transform, faults
+        self.order, self.shard_sets, self.transform, self.quarantine = order, list(shard_sets), transform, quarantine
         self.num_positions, self.maker, self.latents = num_positions, maker, latents
-        self._bad: dict[tuple[int, int], str] = {}
+        self._bad: dict[tuple[int, int], tuple[str, str]] = {}  # cause and message; an error would keep its frames
 
     def __len__(self) -> int:
         if self.num_positions is None:
@@ -67,25 +67,22 @@ class PositionDataset(Dataset, Generic[Sample]):
         return self.num_positions
 
     def __getitem__(self, position: int) -> Sample:
-        self.faults.seen()
-        fault = None
+        first: tuple[str, str] | None = None
         for step in range(MAX_NEIGHBOURS):
             place = self.order(position + step)
-            cause = self._bad.get((place.dataset, place.index))
-            if cause is None:
+            fault = self._bad.get((place.dataset, place.index))
+            if fault is None:
                 try:
                     sample = self._read(place, position)
                 except SampleError as error:
-                    cause = error.cause
-                    self._report(error, place)
+                    fault = self._report(error, place)
                 else:
-                    if fault is not None:
-                        sample.fault = fault
-                        self.faults.replaced(fault)
+                    sample.fault = first[0] if first else None
                     return sample
-            fault = fault or cause
-        raise TooManyBadSamples(
-            self.faults.summary(f"and none of {MAX_NEIGHBOURS} samples from position {position} on is good")
+            first = first or fault
+        where = f"; they are listed in {self.quarantine.path}" if self.quarantine.path else ""
+        raise NoGoodSample(
+            f"none of {MAX_NEIGHBOURS} samples from position {position} on is good{where}. The first: {first[1]}"
         )
 
     def __getitems__(self, positions: Sequence[int]) -> list[Sample]:
@@ -113,10 +110,11 @@ class PositionDataset(Dataset, Generic[Sample]):
             record |= self.latents.read(shards, place.index) or {}
         return self.transform(record, position)
 
-    def _report(self, error: SampleError, place: Place) -> None:
+    def _report(self, error: SampleError, place: Place) -> tuple[str, str]:
         shards = self.shard_sets[place.dataset]
         shard, _ = shards.locate(place.index)
-        self._bad[place.dataset, place.index] = error.cause
-        self.faults.report(
+        fault = self._bad[place.dataset, place.index] = (error.cause, str(error))
+        self.quarantine.add(
             cause=error.cause, message=str(error), shard=shards.shards[shard].name, key=shards.key(place.index)
         )
+        return fault

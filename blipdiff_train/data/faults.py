@@ -1,96 +1,119 @@
-"""Bad samples: counted by cause, listed once in ``quarantine.jsonl``, and too many of them stop the run."""
+"""Bad samples: listed once each in ``quarantine.jsonl``, and too many of them stop the run.
+
+Loader processes replace a bad sample and list it. How many are too many is judged where all ranks' batches are known,
+after each step (``stages.callbacks.FaultLimit``): a verdict of one loader would depend on how many there are.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 LISTED = 20
 """Bad samples named in the error that stops a run; the file has them all."""
+
+MIN_BAD = 10
+"""A run never stops before so many: one bad sample among the first ten is no verdict."""
 
 
 class TooManyBadSamples(ValueError):
     """More bad samples than ``max_bad_fraction`` allows; the message lists them."""
 
 
-class FaultMonitor:
-    """Keeps count in one process; appends to a list that all processes share.
+class NoGoodSample(ValueError):
+    """Every sample where a good one was looked for is bad."""
 
-    Which sample replaces a bad one is decided elsewhere and does not depend on this object, so a run's content is the
-    same however its processes count. The share is taken over the samples that this process was asked for.
+
+class Quarantine:
+    """The list of bad samples, one JSON object a line; all processes of a run and all its starts share it.
 
     Args:
-        quarantine: file that bad samples are appended to, one JSON object a line; None keeps no list.
-        max_bad_fraction: share of bad samples that is still accepted, 0..1.
-        min_bad: the run never stops before this many, so that one bad sample among the first ten is no verdict.
+        path: of the file; None keeps no list.
     """
 
-    def __init__(self, quarantine: str | Path | None, *, max_bad_fraction: float = 0.01, min_bad: int = 10):
-        if not 0.0 <= max_bad_fraction <= 1.0:
-            raise ValueError(f"max_bad_fraction={max_bad_fraction}: expected a share between 0 and 1")
-        self.quarantine = Path(quarantine) if quarantine else None
-        self.max_bad_fraction, self.min_bad = max_bad_fraction, min_bad
-        self.num_seen = self.num_bad = 0
-        self.causes: Counter[str] = Counter()
-        self._listed: dict[tuple[str, str], str] = {}
+    def __init__(self, path: str | Path | None):
+        self.path = Path(path) if path else None
+        self._known: set[tuple[str, str]] = set()
+        self._read_to = 0
 
-    def seen(self) -> None:
-        """A sample was asked for."""
-        self.num_seen += 1
-
-    def report(self, *, cause: str, message: str, shard: str, key: str) -> None:
-        """A bad sample was found; it is listed the first time."""
-        if (shard, key) in self._listed:
+    def add(self, *, cause: str, message: str, shard: str, key: str) -> None:
+        """List a bad sample unless it stands there already."""
+        if self.path is None or (shard, key) in self._known:
             return
-        self._listed[shard, key] = message
-        if self.quarantine is None:
-            return
-        entry = {"cause": cause, "shard": shard, "key": key, "message": message[:1000]}
-        self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-        # one write to a file opened for appending: lines of several processes do not mix
-        descriptor = os.open(self.quarantine, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, (json.dumps(entry) + "\n").encode())
+            with suppress(OSError):  # a file system without locks: two processes may then list one sample twice
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            tail = self._read_what_others_wrote(descriptor)
+            if (shard, key) in self._known:
+                return
+            self._known.add((shard, key))
+            entry = {"cause": cause, "shard": shard, "key": key, "message": message[:1000]}
+            # a line that a crash cut off must not swallow this one
+            os.write(descriptor, (("\n" if tail else "") + json.dumps(entry) + "\n").encode())
         finally:
             os.close(descriptor)
 
-    def replaced(self, cause: str) -> None:
-        """A sample that was asked for was replaced.
-
-        Raises:
-            TooManyBadSamples: the share of replaced samples is above the limit.
-        """
-        self.num_bad += 1
-        self.causes[cause] += 1
-        if self.num_bad >= self.min_bad and self.num_bad > self.max_bad_fraction * self.num_seen:
-            raise TooManyBadSamples(self.summary(f"more than max_bad_fraction={self.max_bad_fraction:g}"))
-
-    def summary(self, why: str) -> str:
-        """The counts and the first of the bad samples, as the text of an error."""
-        causes = ", ".join(f"{count} × {cause}" for cause, count in self.causes.most_common())
-        messages = list(self._listed.values())
-        lines = "\n  ".join(messages[:LISTED])
-        more = f"\n  and {len(messages) - LISTED} more" if len(messages) > LISTED else ""
-        where = f"; all of them are in {self.quarantine}" if self.quarantine else ""
-        return (
-            f"{self.num_bad} of {self.num_seen} samples were bad ({causes or 'none counted yet'}), {why}. "
-            f"Repair the shards, or raise data.max_bad_fraction{where}\n  {lines}{more}"
-        )
+    def _read_what_others_wrote(self, descriptor: int) -> bytes:
+        """Take in the lines since the last look; returns the beginning of a line that has no end."""
+        data = b""
+        while block := os.pread(descriptor, 1 << 20, self._read_to + len(data)):
+            data += block
+        whole = data.rfind(b"\n") + 1
+        self._read_to += whole
+        self._known |= {(entry["shard"], entry["key"]) for entry in _entries(data[:whole])}
+        return data[whole:]
 
 
 def read_quarantine(path: str | Path) -> list[dict[str, str]]:
     """Bad samples listed in ``path``, each once, in the order found; lines cut by a crash are left out."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
     path = Path(path)
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-                found.setdefault((entry["shard"], entry["key"]), entry)
-            except (ValueError, KeyError, TypeError):
-                continue
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in _entries(path.read_bytes()):
+        found.setdefault((entry["shard"], entry["key"]), entry)
     return list(found.values())
+
+
+def _entries(lines: bytes) -> list[dict[str, str]]:
+    entries = []
+    for line in lines.splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if entry["shard"] and entry["key"]:
+                entries.append(entry)
+    return entries
+
+
+def check_share(
+    causes: Mapping[str, int], num_seen: int, *, max_bad_fraction: float, quarantine: str | Path | None
+) -> None:
+    """Stop when too many samples had to be replaced.
+
+    Args:
+        causes: replaced samples by cause.
+        num_seen: samples that were asked for.
+        max_bad_fraction: share that is still accepted, 0..1.
+        quarantine: the list, see :class:`Quarantine`.
+
+    Raises:
+        TooManyBadSamples: with the counts and the first of the bad samples.
+    """
+    num_bad = sum(causes.values())
+    if num_bad < MIN_BAD or num_bad <= max_bad_fraction * num_seen:
+        return
+    counts = ", ".join(f"{count} × {cause}" for cause, count in sorted(causes.items(), key=lambda item: -item[1]))
+    messages = [entry["message"] for entry in (read_quarantine(quarantine) if quarantine else [])]
+    lines = "".join(f"\n  {message}" for message in messages[:LISTED])
+    more = f"\n  and {len(messages) - LISTED} more" if len(messages) > LISTED else ""
+    where = f"; all of them are in {quarantine}" if quarantine else ""
+    raise TooManyBadSamples(
+        f"{num_bad} of {num_seen} samples were bad ({counts}), more than max_bad_fraction={max_bad_fraction:g}. "
+        f"Repair the shards, or raise data.max_bad_fraction{where}{lines}{more}"
+    )

@@ -55,17 +55,22 @@ def negative_weights(sim: Tensor, inadmissible: Tensor, *, draw_anyway: bool = F
     return torch.softmax(sim, dim=1).nan_to_num(1.0 / sim.shape[1] if draw_anyway else 0.0)
 
 
-def sample_hard_negatives(weights: Tensor, generator: torch.Generator) -> Tensor:
+def sample_hard_negatives(
+    weights: Tensor, generator: torch.Generator, *, first_row: int = 0, num_rows: int | None = None
+) -> Tensor:
     """One draw a row from ``weights`` (B, G) of :func:`negative_weights`.
 
     Args:
         generator: a CPU generator, whatever the device of ``weights``.
+        first_row, num_rows: these B rows among those of all processes; they are all there are by default. Every process
+            passes over the numbers of the others' rows, so that a row's negative does not depend on who holds it.
 
     Returns:
         (B,) int64 into the G pairs; never a pair of weight zero, except that a row of zeros (no admissible pair) gets
         0 and must not be counted.
     """
-    uniform = torch.rand(weights.shape[0], 1, generator=generator, dtype=torch.float64).to(weights.device)
+    uniform = torch.rand(num_rows or weights.shape[0], 1, generator=generator, dtype=torch.float64)
+    uniform = uniform[first_row : first_row + weights.shape[0]].to(weights.device)
     cumulative = weights.double().cumsum(1)
     total = cumulative[:, -1:]
     # right=True passes over pairs of weight zero: their cumulative value equals the one before

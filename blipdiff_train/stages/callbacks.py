@@ -10,7 +10,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,15 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from blipdiff_train.checkpoints.training import CheckpointError
 from blipdiff_train.common import distributed
+from blipdiff_train.data.faults import check_share
 from blipdiff_train.stages.loggers import MetricsLogger
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from blipdiff_train.stages.resume import Saver
 
 
 class NonFiniteLoss(ValueError):
@@ -73,6 +78,71 @@ class FiniteCheck(Callback):
         )
 
 
+class FaultLimit(Callback):
+    """Counts the samples that had to be replaced, over all ranks, and stops the run when they are too many.
+
+    The counts go into the checkpoint and are compared with all samples of the run so far. The verdict is therefore one
+    of the data: it depends neither on ranks and loaders nor on interruptions.
+
+    Args:
+        max_bad_fraction, quarantine: see ``data.faults.check_share``.
+        samples_per_step: global batch size.
+        start: step and position that the run continues from.
+        causes: the counts until then.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bad_fraction: float,
+        quarantine: str | None,
+        samples_per_step: int,
+        start: tuple[int, int] = (0, 0),
+        causes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.causes = Counter(causes or {})
+        """Replaced samples of all finished steps, by cause."""
+        self.samples_per_step, (self.start_step, self.start_position) = samples_per_step, start
+        self._limit = {"max_bad_fraction": max_bad_fraction, "quarantine": quarantine}
+        self._new: Counter[str] = Counter()
+        self._validation: Counter[str] = Counter()
+        self._num_validated = 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._new.update(batch.faults)
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        new, self._new = _over_ranks(self._new, module.device), Counter()
+        if new:
+            num_seen = self.start_position + (trainer.global_step + 1 - self.start_step) * self.samples_per_step
+            check_share(self.causes + new, num_seen, **self._limit)
+            self.causes += new
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._validation.update(batch.faults)
+        self._num_validated += len(batch)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        causes, num_seen = _over_ranks(self._validation, module.device), self._num_validated * trainer.world_size
+        self._validation, self._num_validated = Counter(), 0
+        check_share(causes, num_seen, **self._limit)
+
+
+def _over_ranks(counts: Counter[str], device: torch.device) -> Counter[str]:
+    """The sum of all ranks' counts; all ranks must call it."""
+    if not distributed.any_rank(bool(counts), device=device):
+        return Counter()
+    parts: list[Counter[str]] = [counts]
+    if distributed.world_size() > 1:
+        parts = [Counter() for _ in range(distributed.world_size())]
+        dist.all_gather_object(parts, counts)
+    return sum(parts, Counter())
+
+
 class StepLog(Callback):
     """Numbers of a step, averaged over its micro-batches and all ranks, to every logger; and those of validations.
 
@@ -80,10 +150,19 @@ class StepLog(Callback):
         loggers: of rank 0; other ranks pass none.
         every: optimizer steps between rows; the last step is always logged.
         samples_per_step: global batch size.
+        faults: gives the samples replaced so far, by cause.
     """
 
-    def __init__(self, loggers: Sequence[MetricsLogger], *, every: int, samples_per_step: int) -> None:
+    def __init__(
+        self,
+        loggers: Sequence[MetricsLogger],
+        *,
+        every: int,
+        samples_per_step: int,
+        faults: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self.loggers, self.every, self.samples_per_step = list(loggers), every, samples_per_step
+        self._faults = faults
         self._micro: list[dict[str, Tensor]] = []
         self._extra: dict[str, Tensor | float] = {}
         self._ready = self._window_start = time.monotonic()
@@ -140,6 +219,7 @@ class StepLog(Callback):
         row = dict(zip(names, means, strict=True)) | {
             name: float(value) for name, value in self._extra.items()
         }
+        row |= {f"data/bad/{cause}": float(count) for cause, count in sorted(self._faults().items())}
         row |= {"time/samples_per_second": self.speed, "time/data_wait_share": self.wait_share}
         self._micro, self._waited, self._steps, self._window_start = [], 0.0, 0, time.monotonic()
         for logger in self.loggers:
@@ -221,12 +301,12 @@ class StopSignals:
 
 
 class Checkpointing(Callback):
-    """Save every so many optimizer steps, at the end, and when a signal asks to stop.
+    """Save every so many optimizer steps, at the end, when a signal asks to stop, and when an error stops the run.
 
     A periodic checkpoint is written after the validation of its step, so that none is lost or repeated on resume.
 
     Args:
-        save: writes the checkpoint of the current step, called on every rank with (validation_due).
+        save: writes the checkpoint of the current step.
         every: optimizer steps between checkpoints.
         validation_every: optimizer steps between validations, None without.
         signals: asked after each step.
@@ -235,7 +315,7 @@ class Checkpointing(Callback):
 
     def __init__(
         self,
-        save: Callable[[bool], None],
+        save: Saver,
         *,
         every: int,
         validation_every: int | None,
@@ -243,7 +323,8 @@ class Checkpointing(Callback):
         saved_step: int = 0,
     ) -> None:
         self._save, self.every, self.validation_every, self.signals = save, every, validation_every, signals
-        self._saved_step = saved_step
+        self._saved_step = self._validated_step = saved_step
+        self._updating = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.signals.install()  # Lightning has put its own handlers in place meanwhile
@@ -262,15 +343,38 @@ class Checkpointing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._updating = False
         # after the last step the run ends anyway, and saves
         if not ends_step(trainer, batch_idx) or trainer.global_step == trainer.max_steps:
             return
         if distributed.any_rank(self.signals.received is not None, device=module.device):
             step = trainer.global_step
-            self._write(
-                step, validation_due=bool(self.validation_every and step % self.validation_every == 0)
-            )
+            self._write(step, validation_due=self._validation_due(step))
             raise RunInterrupted(f"stopped by a signal after step {step}, which is saved")
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        self._updating = True  # until the end of the batch: weights, averages and optimizer may be of different steps
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._validated_step = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """A shard that is gone, a loss that is not finite, Ctrl-C: the finished steps are kept.
+
+        The other ranks may be anywhere; the first one has everything and writes without them.
+        """
+        step = trainer.global_step
+        if self._updating or step == self._saved_step or isinstance(exception, CheckpointError):
+            return
+        if trainer.is_global_zero:
+            if module.ema is not None:
+                module.ema.swap_out()  # it may have happened in a validation, which runs with the averages
+            problem = self._save.alone(self._validation_due(step))
+            print(f"step {step} is saved" if problem is None else f"step {step} is not saved: {problem}", flush=True)
+
+    def _validation_due(self, step: int) -> bool:
+        due = self.validation_every is not None and step % self.validation_every == 0
+        return due and step != self._validated_step
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:

@@ -33,6 +33,10 @@ class MetricsLogger(Protocol):
     def close(self) -> None: ...
 
 
+def _is_validation(metrics: Mapping[str, float]) -> bool:
+    return all(name.startswith("val/") for name in metrics)
+
+
 class CsvFile:
     """One table whose first column is the step; new columns may appear at any time.
 
@@ -101,21 +105,22 @@ class CsvLogger:
     Args:
         folder: of the run.
         step: that the run continues after, 0 for a new run.
+        validation_due: the validation of that step will be made (again).
 
     Attributes:
-        written: the last training step that had been written before this start.
+        written: the last training step that had been written before this start, 0 without any.
+        validated: the same of the validations.
     """
 
-    def __init__(self, folder: str | Path, *, step: int) -> None:
+    def __init__(self, folder: str | Path, *, step: int, validation_due: bool = False) -> None:
         self.folder = Path(folder)
         self._training = CsvFile(self.folder / "metrics.csv")
         self._validation = CsvFile(self.folder / "validation.csv")
         self.written = self._training.continue_after(step)
-        self.validated = self._validation.continue_after(step)
+        self.validated = self._validation.continue_after(step - validation_due)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        is_validation = all(name.startswith("val/") for name in metrics)
-        (self._validation if is_validation else self._training).write(metrics, step)
+        (self._validation if _is_validation(metrics) else self._training).write(metrics, step)
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         with atomic_path(self.folder / "samples" / f"{name}-{step:08d}.png") as temporary:
@@ -131,18 +136,30 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """TensorBoard events in ``folder/tensorboard``."""
+    """TensorBoard events in ``folder/tensorboard``.
 
-    def __init__(self, folder: str | Path, *, step: int) -> None:
+    Args:
+        folder: of the run.
+        step: that the run continues after: events of later steps are purged.
+        validated: the last validation that had been written: it is not written again.
+    """
+
+    def __init__(self, folder: str | Path, *, step: int, validated: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("logger.tensorboard needs the package: pip install tensorboard") from error
-        self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
+        self._validated = min(step, validated)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        is_validation = _is_validation(metrics)
+        if is_validation and step <= self._validated:
+            return
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        if is_validation:
+            self._writer.flush()
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         import numpy as np
@@ -161,7 +178,7 @@ class WandbLogger:
 
     Args:
         folder: of the run.
-        run_id: of the run that is continued, None for a new one.
+        run_id: of the run that is continued; None for the one of the folder, or a new one.
         sent: the last training step, and the last validation, that the run was sent before: they are not sent again.
         config: the resolved configuration as plain data.
     """
@@ -183,8 +200,11 @@ class WandbLogger:
         except ImportError as error:
             raise ValueError("logger=wandb needs the package: pip install wandb") from error
         self._wandb, self._sent = wandb, sent
-        self.run_id = run_id or secrets.token_hex(4)
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        # the file knows the id before the first checkpoint does
+        file = Path(folder) / "wandb_run_id"
+        known = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+        self.run_id = run_id or known or secrets.token_hex(4)
+        write_text(file, self.run_id + "\n")
         self._run = wandb.init(
             id=self.run_id,
             resume="allow",
@@ -198,11 +218,9 @@ class WandbLogger:
         # every curve over our step, whatever W&B counts itself
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        write_text(Path(folder) / "wandb_run_id", self.run_id + "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        is_validation = all(name.startswith("val/") for name in metrics)
-        if step > self._sent[is_validation]:
+        if step > self._sent[_is_validation(metrics)]:
             self._run.log({**metrics, "step": step})
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:

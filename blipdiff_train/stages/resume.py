@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from blipdiff_train.checkpoints.training import (
     CheckpointError,
@@ -35,6 +36,7 @@ KEPT_ASIDE = (
     "metrics.csv",
     "validation.csv",
     "samples",
+    "quarantine.jsonl",
     "tensorboard",
     "wandb",
     "wandb_run_id",
@@ -92,7 +94,7 @@ def find_checkpoint(
     if progress is not None:
         say(f"this run has gone on from {resume} before: continuing it")
         return progress[1]
-    return state
+    return {**state, "wandb_run_id": None}
 
 
 def _set_aside(paths: list[Path], run_dir: Path, say: Callable[[str], None]) -> None:
@@ -152,6 +154,11 @@ class RestoreOptimizer(Callback):
         if state is None:
             return
         _check_agreement(state)
+        if state.get("data") not in (None, trainer.datamodule.fingerprint()):
+            rank_zero_warn(
+                "the shards (names or sample counts) or mixing weights are not those of the checkpoint: the run goes "
+                f"on at position {state['position']} of the new order, so some samples come again and some are left out"
+            )
         restore_optimizer(module, trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler, state)
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(dict(state["precision"]))
@@ -164,13 +171,15 @@ class RestoreOptimizer(Callback):
 
 
 class Saver:
-    """Writes the checkpoint of the current step on rank 0; every rank calls it and learns whether it worked.
+    """Writes the checkpoint of the current step.
 
     Args:
         folder: of the run; checkpoints go into ``checkpoints/`` below it.
         keep: newest checkpoints kept.
         stage, samples_per_step, config, frozen: see ``checkpoints.training.pack``.
         start: step and position that the run continues from.
+        data: gives the datamodule's fingerprint.
+        faults: gives the samples replaced so far, by cause.
         loggers: of rank 0; their files are brought to the disk first, so that the log is never behind.
     """
 
@@ -186,6 +195,8 @@ class Saver:
         config: Mapping[str, Any],
         frozen: Mapping[str, str],
         start: tuple[int, int],
+        data: Callable[[], str],
+        faults: Callable[[], Mapping[str, int]],
         loggers: Sequence[MetricsLogger],
     ) -> None:
         self.trainer, self.module = trainer, module
@@ -193,20 +204,27 @@ class Saver:
         self.stage, self.samples_per_step = stage, samples_per_step
         self.config, self.frozen, self.loggers = config, frozen, list(loggers)
         self.start_step, self.start_position = start
+        self.data, self.faults = data, faults
 
     def __call__(self, validation_due: bool) -> None:
-        """Raises: CheckpointError on every rank, when it could not be written."""
-        problem = None
-        if self.trainer.is_global_zero:
-            try:
-                for logger in self.loggers:
-                    logger.flush()
-                write_checkpoint(self.folder, self._state(validation_due), keep=self.keep)
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
-        problem = distributed.broadcast_object(problem)
+        """On rank 0; every rank calls it and learns whether it worked.
+
+        Raises:
+            CheckpointError: on every rank, when it could not be written.
+        """
+        problem = distributed.broadcast_object(self.alone(validation_due) if self.trainer.is_global_zero else None)
         if problem is not None:
             raise CheckpointError(problem)
+
+    def alone(self, validation_due: bool) -> str | None:
+        """On this rank, without a word to the others; returns what went wrong."""
+        try:
+            for logger in self.loggers:
+                logger.flush()
+            write_checkpoint(self.folder, self._state(validation_due), keep=self.keep)
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return None
 
     def _state(self, validation_due: bool) -> dict[str, Any]:
         step = self.trainer.global_step
@@ -220,6 +238,8 @@ class Saver:
             position=self.start_position + (step - self.start_step) * self.samples_per_step,
             frozen=self.frozen,
             config=self.config,
+            data=self.data(),
+            faults=self.faults(),
             average=None if self.module.ema is None else self.module.ema.state_dict(),
             precision=self.trainer.precision_plugin.state_dict(),
             validation_due=validation_due,

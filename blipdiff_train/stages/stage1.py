@@ -172,7 +172,7 @@ class Stage1Module(LightningModule):
         torch.manual_seed(rng.derive_seed(self.seed, "dropout", step, rank))
         image_embeds = self.image_encoder(batch.image)  # B P D_image, no gradient
         input_ids, attention_mask = self.tokenize(batch.caption)  # B L
-        generator = rng.torch_generator(self.seed, "itm", step, rank)
+        generator = rng.torch_generator(self.seed, "itm", step, 0)
         outputs = self(image_embeds, input_ids, attention_mask, batch.image_id, generator=generator)
         return self.log_and_sum(outputs, len(batch))
 
@@ -193,7 +193,7 @@ class Stage1Module(LightningModule):
             image_embeds: (B, P, D_image) of the frozen tower.
             input_ids, attention_mask: (B, L) tokens with [CLS] and [SEP], pads on the right.
             image_id: (B,), equal id = same image; None where every image is its own.
-            generator: draws the negatives; on the CPU.
+            generator: draws the negatives; on the CPU, and in the same state on every process.
             negatives: image and text indices (B,) into the G pairs, in place of a draw.
             across_ranks: whether contrast and negatives span all processes, which must then hold the same B.
         """
@@ -230,8 +230,9 @@ class Stage1Module(LightningModule):
         weights_i2t = negative_weights(sim_i2t, inadmissible, draw_anyway=draw_anyway)
         has_negative = (~inadmissible).any(1) | draw_anyway
         if negatives is None:
-            negative_image = sample_hard_negatives(weights_t2i, generator)
-            negative_text = sample_hard_negatives(weights_i2t, generator)
+            own = {"first_row": rank * num_rows, "num_rows": world_size * num_rows}
+            negative_image = sample_hard_negatives(weights_t2i, generator, **own)
+            negative_text = sample_hard_negatives(weights_i2t, generator, **own)
         else:
             negative_image, negative_text = negatives
         itm_query_output, _ = self.qformer.multimodal_pass(

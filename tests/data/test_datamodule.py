@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch.multiprocessing as mp
 from shard_makers import annotated, disc, picture
 
 from blipdiff_train.data.datamodule import ShardDataModule
-from blipdiff_train.data.faults import FaultMonitor, TooManyBadSamples, read_quarantine
+from blipdiff_train.data.faults import NoGoodSample, Quarantine, TooManyBadSamples, check_share, read_quarantine
 from blipdiff_train.data.samples import stage2_record
 from blipdiff_train.data.shards import write_shards
 
@@ -28,7 +30,6 @@ def module(shards, *, stage=2, **changes):
         "image_size": 16,
         "target_size": 32,
         "shuffle_window": 2,
-        "max_bad_fraction": 1.0,
     }
     return ShardDataModule(**{**options, **changes})
 
@@ -79,18 +80,17 @@ def test_a_resumed_loader_goes_on_where_the_steps_ended(shards, backgrounds):
             next(loader)  # the workers are ahead of this by now
         first.set_position(8 * steps)
         second = module(shards, backgrounds=str(backgrounds), micro_batch_size=2)
-        second.load_state_dict(first.state_dict())
+        second.set_position(first.position)
         rest = by_position(second.train_dataloader())
         assert rest == {position: value for position, value in reference.items() if position >= 8 * steps}
 
 
-def test_exchanged_data_is_noticed_on_resume(shards, tmp_path, caplog):
-    state = module(shards).state_dict()
-    module(shards).load_state_dict(state)
-    assert not caplog.records
+def test_exchanged_data_has_another_fingerprint(shards, tmp_path):
     write_shards([annotated(0)], tmp_path)
-    module(tmp_path).load_state_dict(state)
-    assert "differ from the checkpoint's" in caplog.text
+    mixed = [[{"shards": str(shards), "weight": w}, {"shards": str(tmp_path), "weight": 1}] for w in (1, 2)]
+    found = [module(data).fingerprint() for data in (shards, tmp_path, *mixed)]
+    assert len(set(found)) == 4
+    assert module(shards, seed=1).fingerprint() == found[0]
 
 
 def test_seeds_and_epochs_differ_but_content_belongs_to_the_position(shards):
@@ -177,32 +177,36 @@ def test_a_bad_sample_is_replaced_and_nobody_else_notices(shards, backgrounds, t
         else:
             keys = [f"photo{order(position + step).index:04d}" for step in range(30)]
             assert found[position][0] == next(key for key in keys if key not in BAD)
-    for batch in batches:
-        data.on_before_batch_transfer(batch, 0)
-    expected = [good[position][0] for position in range(40) if good[position][0] in BAD]
-    assert sum(data.fault_counts.values()) == len(expected)
-    assert set(data.fault_counts) == {"undecodable image", "bad json", "missing member", "empty matte", "matte size"}
+    counts = sum((Counter(batch.faults) for batch in batches), Counter())
+    assert counts.total() == len([position for position in range(40) if good[position][0] in BAD])
+    assert set(counts) == {"undecodable image", "bad json", "missing member", "empty matte", "matte size"}
     listed = read_quarantine(quarantine)
-    assert {entry["key"] for entry in listed} == BAD
+    assert sorted(entry["key"] for entry in listed) == sorted(BAD)
+    assert len(quarantine.read_text().splitlines()) == len(BAD)
     assert all(entry["shard"].endswith(".tar") and entry["message"] for entry in listed)
 
 
-def test_too_many_bad_samples_stop_the_run_with_the_list(tmp_path):
-    samples = [annotated(number) for number in range(20)]
-    for sample in samples[::2]:
-        sample["png"] = b"\x89PNG\r\n\x1a\n broken"
-    write_shards(samples, tmp_path)
-    data = module(tmp_path, max_bad_fraction=0.05, quarantine=tmp_path / "quarantine.jsonl", total_steps=50)
-    with pytest.raises(TooManyBadSamples, match=r"10 of \d+ samples were bad \(10 × not an image\).*\n.*photo00"):
-        list(data.train_dataloader())
-    assert read_quarantine(tmp_path / "quarantine.jsonl")
+def test_the_share_of_bad_samples_is_judged_with_the_list(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    for number in range(30):
+        quarantine.add(cause="bad json", message=f"a.tar: k{number} is bad", shard="a.tar", key=f"k{number}")
+    limit = {"max_bad_fraction": 0.1, "quarantine": path}
+    check_share({"bad json": 9}, 9, **limit)  # too few for a verdict
+    check_share({"bad json": 8, "cut off": 2}, 100, **limit)
+    with pytest.raises(TooManyBadSamples) as error:
+        check_share({"cut off": 2, "bad json": 9}, 100, **limit)
+    words = str(error.value)
+    assert words.startswith("11 of 100 samples were bad (9 × bad json, 2 × cut off), more than max_bad_fraction=0.1")
+    assert "a.tar: k19 is bad\n  and 10 more" in words
+    assert str(path) in words
 
 
 def test_nothing_but_bad_samples_is_an_error_not_a_search(tmp_path):
     sample = annotated(0)
     sample["json"] = "[]"
     write_shards([sample], tmp_path)
-    with pytest.raises(TooManyBadSamples, match="none of 64 samples from position 0 on is good"):
+    with pytest.raises(NoGoodSample, match=r"none of 64 samples from position 0 on is good.*photo0000"):
         module(tmp_path).train_dataset()[0]
 
 
@@ -216,19 +220,38 @@ def test_bad_backgrounds_are_replaced_and_listed(shards, tmp_path):
     assert all(entry["cause"].startswith("background: ") for entry in read_quarantine(quarantine))
 
 
-def test_the_quarantine_list_survives_crashes_and_many_writers(tmp_path):
+def test_the_quarantine_names_each_sample_once_over_all_starts_and_a_line_cut_by_a_crash_takes_no_other(tmp_path):
     path = tmp_path / "quarantine.jsonl"
-    for _ in range(2):
-        monitor = FaultMonitor(path)
-        for _ in range(3):
-            monitor.report(cause="bad json", message="x", shard="a.tar", key="k1")
+
+    def add(quarantine, key):
+        quarantine.add(cause="bad json", message="x", shard="a.tar", key=key)
+
+    first = Quarantine(path)
+    for key in ("k1", "k1", "k2"):
+        add(first, key)
     with path.open("a") as file:
-        file.write('{"cause": "cut", "sha')
-    monitor = FaultMonitor(path)
-    assert len(path.read_text().splitlines()) == 3
-    assert [entry["key"] for entry in read_quarantine(path)] == ["k1"]
+        file.write('{"cause": "cut", "shard": "a.t')
+    second = Quarantine(path)
+    for key in ("k1", "k3"):
+        add(second, key)
+    add(first, "k3")
+    assert [entry["key"] for entry in read_quarantine(path)] == ["k1", "k2", "k3"]
+    assert [line[:10] for line in path.read_text().splitlines()] == ['{"cause": '] * 4
     assert read_quarantine(tmp_path / "none") == []
-    assert json.loads(path.read_text().splitlines()[0])["shard"] == "a.tar"
+
+
+def _fill(path, start):
+    quarantine = Quarantine(path)
+    for number in range(150):
+        quarantine.add(cause="bad json", message="x", shard="a.tar", key=f"k{(start + number) % 150}")
+
+
+def test_the_quarantine_names_each_sample_once_with_many_writers(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    with get_context("fork").Pool(4) as pool:
+        pool.starmap(_fill, [(path, start) for start in (0, 0, 75, 140)])
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert sorted(keys) == sorted(f"k{number}" for number in range(150))
 
 
 def test_settings_that_contradict_each_other(shards):

@@ -44,6 +44,20 @@ def test_the_draw_follows_the_softmax_and_repeats_itself() -> None:
     assert torch.equal(index, sample_hard_negatives(weights, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_rows_negative_does_not_depend_on_the_process_that_holds_it(processes) -> None:
+    weights = negative_weights(torch.randn(2, 8, 8), torch.eye(8, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(3)
+    whole = [sample_hard_negatives(one, generator) for one in weights]
+    size = 8 // processes
+    parts: list[list[torch.Tensor]] = []
+    for first in range(0, 8, size):
+        generator = torch.Generator().manual_seed(3)
+        rows = slice(first, first + size)
+        parts.append([sample_hard_negatives(w[rows], generator, first_row=first, num_rows=8) for w in weights])
+    assert all(torch.equal(torch.cat(part), one) for part, one in zip(zip(*parts, strict=True), whole, strict=True))
+
+
 def test_rows_without_a_negative_count_nowhere() -> None:
     logits = torch.randn(6, 2, requires_grad=True)
     labels = torch.tensor([1, 1, 0, 0, 0, 0])
