@@ -483,7 +483,7 @@ def loggers(
             WandbLogger(
                 config.run_dir,
                 run_id=None if state is None else state["wandb_run_id"],
-                sent=(table.written, table.validated),
+                written=table.written(),
                 project=config.logger.wandb_project,
                 entity=config.logger.wandb_entity,
                 mode=config.logger.wandb_mode,

@@ -123,6 +123,7 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
             continue_from(trainer, module, datamodule, state, total_steps=config.total_steps)
             trainer.fit(module, datamodule=datamodule)
         finally:
+            datamodule.close()
             for logger in loggers:
                 logger.close()
     if is_main():

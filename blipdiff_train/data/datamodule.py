@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import signal
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -148,6 +149,7 @@ class ShardDataModule(LightningDataModule):
         self.position = 0
         self._train: PositionDataset | None = None
         self._val: PositionDataset | None = None
+        self._loaders: list[Loader] = []
 
     # ------------------------------------------------------------------------------------------------- position
 
@@ -254,7 +256,7 @@ class ShardDataModule(LightningDataModule):
         if self.num_workers:
             options = {"prefetch_factor": self.prefetch_factor, "persistent_workers": persistent}
             options["worker_init_fn"] = start_worker
-        return DataLoader(
+        loader = Loader(
             dataset,
             batch_sampler=sampler,
             collate_fn=functools.partial(
@@ -266,6 +268,14 @@ class ShardDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(0),
             **options,
         )
+        self._loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """End all loader processes, also after an error that left them waiting."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders = []
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is not None:
@@ -274,6 +284,24 @@ class ShardDataModule(LightningDataModule):
             rank, world_size = distributed.rank(), distributed.world_size()
         accumulation(self.global_batch_size, self.micro_batch_size, world_size)
         return rank, world_size
+
+
+class Loader(DataLoader):
+    """A DataLoader whose processes can be ended.
+
+    They do not listen to SIGTERM (:func:`start_worker`), which is how Python would end them when it exits: it would
+    wait for them forever.
+    """
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        self._running = weakref.ref(iterator)
+        return iterator
+
+    def close(self) -> None:
+        iterator = self._running() if hasattr(self, "_running") else None
+        if self.num_workers and iterator is not None:
+            iterator._shutdown_workers()  # Lightning calls it too, but for persistent ones only
 
 
 class ValidationSampler:

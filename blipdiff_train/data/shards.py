@@ -459,7 +459,7 @@ class ShardSet:
 
     def _cache(self, name: str) -> ShardCache:
         if self.cache is None:
-            raise ShardError(f"{name}: remote shards need a cache folder (data.cache_dir)")
+            raise ShardError(f"{name}: remote shards need a cache folder (data.cache)")
         return self.cache
 
     def _index(self, shard: int) -> TarIndex:

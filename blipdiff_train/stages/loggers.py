@@ -1,21 +1,23 @@
 """Where numbers go: CSV files always, TensorBoard and Weights & Biases if asked for.
 
-All of them continue after an interruption without a lost or a doubled step: the CSV files are cut back to the step of
-the checkpoint, TensorBoard purges what came after it, and W&B, which cannot take back what it was sent, is not sent the
-same steps again.
+All of them continue after an interruption without a lost or a doubled step. The CSV files are cut back to the step of
+the checkpoint, and TensorBoard purges what came after it. W&B can neither take back what it was sent nor say what of it
+was lost when its process was killed too: it is not sent the same steps again, and what it may have lost is sent from
+the CSV files.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from blipdiff_train.common.files import atomic_path, write_text
+from blipdiff_train.common.files import atomic_path, write_json, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +33,9 @@ class MetricsLogger(Protocol):
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+DELIVERED = "delivered.json"
 
 
 def _is_validation(metrics: Mapping[str, float]) -> bool:
@@ -108,15 +113,14 @@ class CsvLogger:
         validation_due: the validation of that step will be made (again).
 
     Attributes:
-        written: the last training step that had been written before this start, 0 without any.
-        validated: the same of the validations.
+        validated: the last validation that had been written before this start, 0 without any.
     """
 
     def __init__(self, folder: str | Path, *, step: int, validation_due: bool = False) -> None:
         self.folder = Path(folder)
         self._training = CsvFile(self.folder / "metrics.csv")
         self._validation = CsvFile(self.folder / "validation.csv")
-        self.written = self._training.continue_after(step)
+        self._training.continue_after(step)
         self.validated = self._validation.continue_after(step - validation_due)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -125,6 +129,12 @@ class CsvLogger:
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         with atomic_path(self.folder / "samples" / f"{name}-{step:08d}.png") as temporary:
             image.save(temporary)
+
+    def written(self) -> list[tuple[int, dict[str, float]]]:
+        """Everything in the tables as (step, metrics), in the order in which it was logged."""
+        rows = [row for table in (self._training, self._validation) for row in table.rows()]
+        found = [(int(row["step"]), {n: float(v) for n, v in row.items() if n != "step" and v}) for row in rows]
+        return sorted(found, key=lambda item: item[0])  # stable: a step's validation follows it
 
     def flush(self) -> None:
         self._training.flush()
@@ -176,10 +186,14 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run that keeps its id for the life of the run's folder.
 
+    Each start is a session of W&B's in ``folder/wandb``. One that was closed has delivered everything and says so in
+    ``delivered.json``. Of one that was killed, W&B has what its server tells when the run goes on; offline there is no
+    server, and the session's file is incomplete: it is put aside as a whole.
+
     Args:
         folder: of the run.
         run_id: of the run that is continued; None for the one of the folder, or a new one.
-        sent: the last training step, and the last validation, that the run was sent before: they are not sent again.
+        written: what the CSV files hold: sent again as far as W&B may not have it.
         config: the resolved configuration as plain data.
     """
 
@@ -188,7 +202,7 @@ class WandbLogger:
         folder: str | Path,
         *,
         run_id: str | None,
-        sent: tuple[int, int],
+        written: Sequence[tuple[int, Mapping[str, float]]],
         project: str,
         entity: str | None,
         mode: str,
@@ -199,12 +213,15 @@ class WandbLogger:
             import wandb
         except ImportError as error:
             raise ValueError("logger=wandb needs the package: pip install wandb") from error
-        self._wandb, self._sent = wandb, sent
+        self._wandb = wandb
         # the file knows the id before the first checkpoint does
         file = Path(folder) / "wandb_run_id"
         known = file.read_text(encoding="utf-8").strip() if file.exists() else ""
         self.run_id = run_id or known or secrets.token_hex(4)
         write_text(file, self.run_id + "\n")
+        self._sent = {"training": 0, "validation": 0}
+        for session in sorted((Path(folder) / "wandb").glob(f"*run-*-{self.run_id}")):
+            self._take_in(session)
         self._run = wandb.init(
             id=self.run_id,
             resume="allow",
@@ -218,17 +235,41 @@ class WandbLogger:
         # every curve over our step, whatever W&B counts itself
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        summary = self._run.summary  # empty unless a server knows the run
+        for kind, key in (("training", "step"), ("validation", "validation_step")):
+            self._sent[kind] = max(self._sent[kind], int(summary.get(key) or 0))
+        self._logged = dict(self._sent)
+        for step, metrics in written:
+            self.log(metrics, step)
+        last = max((step for step, _ in written), default=0)
+        for path in sorted((Path(folder) / "samples").glob("*-[0-9]*.png")):
+            picture, number = path.stem.rsplit("-", 1)
+            if int(number) <= last:
+                self.log_image(picture, path, int(number))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if step > self._sent[_is_validation(metrics)]:
-            self._run.log({**metrics, "step": step})
+        kind = "validation" if _is_validation(metrics) else "training"
+        if step > self._sent[kind]:
+            extra = {"validation_step": step} if kind == "validation" else {}
+            self._run.log({**metrics, **extra, "step": step})
+            self._logged[kind] = step
 
-    def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        if step > self._sent[0]:
+    def log_image(self, name: str, image: Image.Image | Path, step: int) -> None:
+        if step > self._sent["training"]:
+            image = str(image) if isinstance(image, Path) else image
             self._run.log({f"samples/{name}": self._wandb.Image(image), "step": step})
 
     def flush(self) -> None:
-        """W&B's own process has been handed every row already."""
+        """Nothing: W&B has no such call, and what it loses is sent again."""
 
     def close(self) -> None:
         self._run.finish()
+        write_json(Path(self._run.sync_dir) / DELIVERED, self._logged)
+
+    def _take_in(self, session: Path) -> None:
+        """Learn what an earlier session has delivered."""
+        if (session / DELIVERED).exists():
+            delivered = json.loads((session / DELIVERED).read_text(encoding="utf-8"))
+            self._sent = {kind: max(step, delivered[kind]) for kind, step in self._sent.items()}
+        elif session.name.startswith("offline-"):
+            session.rename(session.with_name(f"killed-{session.name}"))  # a name that `wandb sync` passes over

@@ -45,6 +45,10 @@ KEPT_ASIDE = (
 """What a run that starts over moves out of its way."""
 
 
+TAKEN_BACK = ("model", "wandb", "wandb_run_id")
+"""What belongs to the steps that a run gives up when it is taken back; W&B cannot take them back: a new run there."""
+
+
 def find_checkpoint(
     run_dir: str | Path, resume: str, say: Callable[[str], None], *, is_main: bool
 ) -> dict[str, Any] | None:
@@ -88,8 +92,8 @@ def find_checkpoint(
         later = [checkpoint_path(own, step) for step in steps_in(own) if step > state["step"]]
         if is_main and later:
             files = [file.with_suffix(suffix) for file in later for suffix in (".json", ".pt")]
-            _set_aside([*files, run_dir / "model"], run_dir, say)
-        return state
+            _set_aside([*files, *(run_dir / name for name in TAKEN_BACK)], run_dir, say)
+        return {**state, "wandb_run_id": None} if later else state
     progress = latest_valid(own, say)
     if progress is not None:
         say(f"this run has gone on from {resume} before: continuing it")

@@ -106,7 +106,7 @@ def test_shards_in_memory_with_their_indexes(tmp_path):
 
 def test_what_goes_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.time, "sleep", lambda seconds: None)
-    with pytest.raises(ShardError, match=r"data\.cache_dir"):
+    with pytest.raises(ShardError, match=r"data\.cache\b"):
         ShardSet("memory://shards/missing.tar")
     cache = ShardCache(tmp_path / "cache", max_bytes=5000)
     with pytest.raises(ShardError, match=r"missing\.tar: no such shard"):
