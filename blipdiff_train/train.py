@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -90,6 +91,8 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
         say("nothing to do; raise total_steps to go on, or start over with resume=never")
         return 0
 
+    if is_main():
+        check_writable(config.run_dir)
     data = build.data_sources(config, say)
     parts = build.parts(config, say)
     module = build.module(config, parts)
@@ -149,6 +152,22 @@ def save_model(config: TrainConfig, module: pl.LightningModule, parts: ModelPart
     with module.ema.swapped() if module.ema is not None else nullcontext():
         save_model_folder(folder, parts, metadata)
     say(f"finished: the model is in {folder}")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make the run's folder and try it, before anything heavy starts.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"the run's folder {folder} cannot be written ({error.strerror}); give another run_dir"
+        ) from error
 
 
 def is_main() -> bool:

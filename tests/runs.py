@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,24 @@ class StopAfter(callbacks.StopSignals):
             return None
         self._left -= 1
         return signal.SIGTERM if self._left <= 0 else None
+
+    @received.setter
+    def received(self, value: int | None) -> None:
+        pass
+
+
+class Meanwhile(callbacks.StopSignals):
+    """Something that happens outside while the run is in its n-th step."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        self._left, self._action = step, action
+        super().__init__()
+
+    @property
+    def received(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
 
     @received.setter
     def received(self, value: int | None) -> None:

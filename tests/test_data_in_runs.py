@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from runs import configure, fit
+from runs import Meanwhile, configure, fit
 
 from blipdiff_train import train
 from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint, steps_in
@@ -38,24 +38,6 @@ def write(folder: Path, numbers, *, bad=(), samples_per_shard: int = 3, stage: i
 
     write_shards(map(record, numbers), folder, samples_per_shard=samples_per_shard, prefix=prefix)
     return folder
-
-
-class Meanwhile(callbacks.StopSignals):
-    """Something that happens outside while the run is in its n-th step."""
-
-    def __init__(self, step: int, action) -> None:
-        self._left, self._action = step, action
-        super().__init__()
-
-    @property
-    def received(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._action()
-
-    @received.setter
-    def received(self, value: int | None) -> None:
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------------- faults

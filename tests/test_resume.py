@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from runs import StopAfter, configure, fit
 
 from blipdiff_train import train
@@ -98,29 +97,6 @@ def test_other_frozen_weights_are_refused(world, tmp_path):
     config, plain = configure(world, tmp_path / "run", 1, "model.skip_last_layers=0")
     with pytest.raises(ValueError, match="the frozen weights of image_encoder are not those"):
         train.train(config, plain, StopAfter(None))
-
-
-def test_a_folder_that_cannot_be_written_stops_the_run(world, tmp_path, monkeypatch, capsys):
-    """A full disk in mid-write: a clear end, its own exit code, and the checkpoint before it is whole."""
-    from blipdiff_train.checkpoints import training
-
-    honest = torch.save
-
-    def full(state, path):
-        if state["step"] == 4:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        honest(state, path)
-
-    monkeypatch.setattr(training.torch, "save", full)
-    config, plain = configure(world, tmp_path, 1)
-    assert train.run(config, plain) == train.EXIT_NOT_SAVED
-    out = capsys.readouterr().out
-    assert "the disk is full; the checkpoint of step 2 is intact" in out
-    folder = Path(config.run_dir) / "checkpoints"
-    assert steps_in(folder) == [2]
-    assert read_checkpoint(checkpoint_path(folder, 2))["step"] == 2
-    assert not list(folder.glob(".*"))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkeypatch, capsys):

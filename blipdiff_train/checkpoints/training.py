@@ -59,7 +59,8 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], *, keep: int)
         # a file of this step from before a fall-back to an older one loses its description first
         path.with_suffix(".json").unlink(missing_ok=True)
         with atomic_path(path) as temporary:
-            torch.save(dict(state), temporary)
+            with temporary.open("wb") as file:  # through Python, or a full disk is but "unexpected pos 128 vs 0"
+                torch.save(dict(state), file)
             digest, size = sha256_file(temporary), temporary.stat().st_size
         write_json(
             path.with_suffix(".json"), {"format": FORMAT, "step": step, "sha256": digest, "bytes": size}
@@ -67,9 +68,7 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], *, keep: int)
     except (OSError, RuntimeError) as error:
         # torch's zip writer turns a full disk into a RuntimeError and keeps the cause in its context
         causes = [item for item in (error, error.__context__, error.__cause__) if isinstance(item, OSError)]
-        full = any(
-            item.errno in (errno.ENOSPC, errno.EDQUOT) for item in causes
-        ) or "PytorchStreamWriter" in str(error)
+        full = any(item.errno in (errno.ENOSPC, errno.EDQUOT) for item in causes)
         reason = "the disk is full" if full else str(causes[0] if causes else error)
         kept = steps_in(folder)
         earlier = f"the checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"

@@ -125,7 +125,7 @@ def test_a_process_killed_while_writing_leaves_the_one_before(tmp_path):
     training.write_checkpoint(tmp_path, state(1), keep=2)
     code = (
         "import os, signal, sys, torch; from blipdiff_train.checkpoints import training; honest = torch.save\n"
-        "def half(state, path):\n    path.write_bytes(b'x' * 1000); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def half(state, file):\n    file.write(b'x' * 1000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "training.torch.save = half\n"
         "training.write_checkpoint(sys.argv[1], {'step': 2}, keep=2)"
     )
