@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_resume import chaos  # noqa: F401
 
 from blipdiff_train.data.shards import write_shards
 from blipdiff_train.data.toybox.write import photographs
@@ -38,7 +37,7 @@ def kill_group(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_photographs_as_on_prepared_shards_and_survive_kills(tmp_path, chaos):  # noqa: F811
+def test_two_processes_train_on_photographs_as_on_prepared_shards_and_survive_kills(tmp_path, chaos):
     tiny.write_models(tmp_path / "models")
     for split, count in (("train", 24), ("heldout", 6)):
         samples = [{**sample, "__key__": f"{n:09d}"} for n, sample in enumerate(photographs(count, split=split))]

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from blipdiff_train.common import distributed
 from blipdiff_train.common.files import sha256_tensors
-from blipdiff_train.data.datamodule import start_worker
+from blipdiff_train.data.datamodule import Loader, start_worker
 from blipdiff_train.data.dataset import PositionDataset
 from blipdiff_train.data.pixels import TARGET
 from blipdiff_train.data.shards import SampleError, ShardSet
@@ -114,7 +114,7 @@ class LatentCache(Callback):
         store = self.datamodule.latents
         for dataset, shards, indices in shares:
             targets = Targets(dataset, shards, indices)
-            loader = DataLoader(
+            loader = Loader(
                 targets,
                 batch_size=_READ_TOGETHER,
                 collate_fn=list,
@@ -122,13 +122,16 @@ class LatentCache(Callback):
                 worker_init_fn=start_worker,
                 generator=torch.Generator().manual_seed(0),
             )
-            for index, target in zip(indices, itertools.chain.from_iterable(loader), strict=True):
-                if isinstance(target, SampleError):
-                    store.write(shards, index, target)
-                else:
-                    moments = module.denoiser.encode_moments(TARGET([target]).to(module.device))[0]  # 2C h w
-                    store.write(shards, index, {LATENT_SUFFIX: npy_bytes(moments)})
-                yield
+            try:
+                for index, target in zip(indices, itertools.chain.from_iterable(loader), strict=True):
+                    if isinstance(target, SampleError):
+                        store.write(shards, index, target)
+                    else:
+                        moments = module.denoiser.encode_moments(TARGET([target]).to(module.device))[0]  # 2C h w
+                        store.write(shards, index, {LATENT_SUFFIX: npy_bytes(moments)})
+                    yield
+            finally:
+                loader.close()
 
 
 class Targets(Dataset):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from test_resume import StopAfter, fit
+from runs import StopAfter, fit
 
 from blipdiff_train.data.shards import ShardSet, write_shards
 from blipdiff_train.stages import callbacks
@@ -99,7 +99,7 @@ def test_a_stop_while_they_are_made_keeps_what_is_finished(world, tmp_path, monk
         def received(self, value: int | None) -> None:
             pass
 
-    monkeypatch.setattr("test_resume.StopAfter", Stop)
+    monkeypatch.setattr("runs.StopAfter", Stop)
     with pytest.raises(callbacks.RunInterrupted, match="while latents were cached"):
         cached(world, tmp_path)
     made = entries(tmp_path)
