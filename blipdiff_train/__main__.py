@@ -43,7 +43,7 @@ the keys used most
   global_batch_size=256         samples a step over all devices; micro-batch and accumulation follow from it
   total_steps=1000              optimizer steps
   optim.lr=1e-4                 peak learning rate
-  data=shards data.shards=DIR   train on your own shards (see prepare)
+  data.shards=DIR               train on your own shards (see prepare); data.val_shards=DIR validates on others
   model=sd15                    CLIP ViT-L/14, BERT-base and Stable Diffusion 1.5 instead of the toy models
   logger=wandb | tensorboard    besides metrics.csv
   resume=never                  start over instead of continuing (resume=auto); or resume=PATH
@@ -139,6 +139,8 @@ def compose(command: str, tokens: Sequence[str], search: Sequence[str] = ()) -> 
         return OmegaConf.to_container(_hydra_compose(command, overrides, search), resolve=True)
 
     groups, values, problems = _parse(command, tokens, search)
+    if any(name == "data.shards" for name, _, _ in values) and not any("data=" in choice for choice in groups):
+        groups.append("data=shards")  # who names shards does not mean the toy world
     try:
         base = composed(groups)
     except (HydraException, OmegaConfBaseException) as error:

@@ -242,7 +242,7 @@ class Stage2Config(TrainConfig):
 # ---- the other commands --------------------------------------------------------------------------------------------
 
 Depth = Literal["sample", "full"]
-DEPTH = "sample: the first samples of each shard are decoded; full: all of them"
+DEPTH = "sample: 64 samples of each data set are decoded; full: all of them"
 
 
 @dataclass(frozen=True)
@@ -716,6 +716,12 @@ def cross_checks(config: TrainConfig) -> list[Problem]:
             Problem("data.shards", "is null; name the training tars, e.g. data.shards=path/to/folder")
         )
     problems += _data_checks(config)
+    if data.source == "toybox":
+        problems += [
+            Problem(f"data.{name}", "is given, but data=toybox draws its own shards; use data=shards")
+            for name in ("shards", "val_shards", "backgrounds")
+            if getattr(data, name) is not None
+        ]
     if on_cpu and trainer.precision == "16-mixed":
         problems.append(
             Problem("trainer.precision", "16-mixed needs a GPU; on the CPU use 32-true or bf16-mixed")

@@ -1,6 +1,7 @@
 """How fast the loader is, as ratios from one run on one core.
 
     python scripts/bench_data.py [--photographs FOLDER] [--samples 128] [--rounds 5] [--height 512] [--foreground]
+                                 [--quality 95] [--json FILE]
 
 (a) Stage-2 samples (read, decode, crop, composite on a random background at 512, resize to 224, normalise, collate)
     against Pillow merely decoding the JPEGs and PNGs of the same samples from memory. Aim: at least 0.6.
@@ -8,7 +9,8 @@
     tars. Aim: at least 1.0.
 
 The two sides alternate in short chunks and the times are CPU times of this process, so that other jobs on the machine
-disturb both alike; the ratio is the median over pairs of chunks.
+disturb both alike; the ratio is the median over pairs of chunks, with the quartiles as its spread. Members are encoded
+as `prepare` does. Results and what was done for them: docs/data_loading.md.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from blipdiff_train.data.pixels import Normalisation
 from blipdiff_train.data.samples import background_record, collate_stage2, stage2_record
 from blipdiff_train.data.shards import ShardSet, write_shards
 from blipdiff_train.data.transforms import PHOTO_SUFFIXES
+from blipdiff_train.prepare.work import encode
 
 
 def photograph(number: int, height: int, width: int) -> np.ndarray:
@@ -74,14 +77,10 @@ def real_photographs(folder: Path, height: int) -> list[np.ndarray]:
     return found
 
 
-def make_shards(folder: Path, images: list[np.ndarray], *, num_samples: int, foreground: bool) -> None:
-    """Annotated photographs in ``folder/train`` and backgrounds in ``folder/backgrounds``, as JPEG of quality 90."""
-
-    def jpeg(image: np.ndarray) -> bytes:
-        return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-
-    photos = [jpeg(np.ascontiguousarray(image[..., ::-1])) for image in images]
-    mattes = [cv2.imencode(".png", matte(n, *image.shape[:2]))[1].tobytes() for n, image in enumerate(images)]
+def make_shards(folder: Path, images: list[np.ndarray], *, num_samples: int, foreground: bool, quality: int) -> None:
+    """Annotated photographs in ``folder/train`` and backgrounds in ``folder/backgrounds``."""
+    photos = [encode(image, "jpg", quality) for image in images]
+    mattes = [encode(matte(number, *image.shape[:2]), "png", 0) for number, image in enumerate(images)]
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     print(f"{len(photos)} photographs, {sum(map(len, photos)) / pixels:.2f} bytes a pixel")
     write_shards(
@@ -103,8 +102,10 @@ def make_shards(folder: Path, images: list[np.ndarray], *, num_samples: int, for
     write_shards(backgrounds, folder / "backgrounds")
 
 
-def compare(ours: Callable[[int], None], other: Callable[[int], None], chunks: int, rounds: int) -> tuple[float, ...]:
-    """Median CPU seconds of a chunk of each and median of their ratios (other ÷ ours), warm."""
+def compare(
+    ours: Callable[[int], None], other: Callable[[int], None], chunks: int, rounds: int
+) -> tuple[float, float, dict[str, float]]:
+    """Median CPU seconds of a chunk of each, and median and quartiles of their ratios (other ÷ ours), warm."""
     times: list[tuple[float, float]] = []
     for number in range(rounds + 1):
         for chunk in range(chunks):
@@ -115,7 +116,8 @@ def compare(ours: Callable[[int], None], other: Callable[[int], None], chunks: i
                 pair.append(time.process_time() - start)
             if number:
                 times.append((pair[0], pair[1]))
-    ratio = statistics.median(theirs / mine for mine, theirs in times)
+    low, middle, high = statistics.quantiles((theirs / mine for mine, theirs in times), n=4)
+    ratio = {"ratio": middle, "lower quartile": low, "upper quartile": high}
     return statistics.median(mine for mine, _ in times), statistics.median(theirs for _, theirs in times), ratio
 
 
@@ -153,7 +155,7 @@ def bench_stage2(folder: Path, *, num_samples: int, rounds: int, batch_size: int
                 Image.open(io.BytesIO(data)).load()
 
     ours, pillow, ratio = compare(batch, decoding, num_samples // batch_size, rounds)
-    return {"ours": batch_size / ours, "pillow": batch_size / pillow, "ratio": ratio}
+    return {"ours": batch_size / ours, "pillow": batch_size / pillow, **ratio}
 
 
 def bench_reading(folder: Path, *, rounds: int) -> dict[str, float]:
@@ -172,8 +174,8 @@ def bench_reading(folder: Path, *, rounds: int) -> dict[str, float]:
         for _ in webdataset.WebDataset(names, shardshuffle=False):
             pass
 
-    ours, other, ratio = compare(indexed, sequential, 1, rounds)
-    return {"ours": len(shards) / ours, "webdataset": len(shards) / other, "ratio": ratio}
+    ours, other, ratio = compare(indexed, sequential, 1, 4 * rounds)
+    return {"ours": len(shards) / ours, "webdataset": len(shards) / other, **ratio}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -183,6 +185,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--height", type=int, default=512, help="shorter side of the photographs")
     parser.add_argument("--photographs", type=Path, help="a folder of real ones; drawn ones (4:3) without it")
     parser.add_argument("--foreground", action="store_true", help="samples with estimated foreground colours (.fg.jpg)")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs; `prepare` writes 95")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args(arguments)
     init_worker()  # as in a loader process
@@ -192,7 +195,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             images = real_photographs(options.photographs, options.height)
         else:
             images = [photograph(number, options.height, options.height * 4 // 3) for number in range(32)]
-        make_shards(folder, images, num_samples=options.samples, foreground=options.foreground)
+        make_shards(folder, images, num_samples=options.samples, foreground=options.foreground, quality=options.quality)
         results = {
             "stage-2 batches / Pillow decoding": bench_stage2(
                 folder, num_samples=options.samples, rounds=options.rounds
@@ -200,8 +203,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             "indexed reading / webdataset sequential": bench_reading(folder, rounds=options.rounds),
         }
     for title, result in results.items():
-        numbers = ", ".join(f"{name} {value:.0f}/s" for name, value in result.items() if name != "ratio")
-        print(f"{title}: {result['ratio']:.2f} ({numbers} a core)")
+        numbers = ", ".join(f"{name} {value:.0f}/s" for name, value in list(result.items())[:2])
+        spread = f"{result['lower quartile']:.2f} to {result['upper quartile']:.2f}"
+        print(f"{title}: {result['ratio']:.2f} ({spread}; {numbers} a core)")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     return results

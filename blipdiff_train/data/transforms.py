@@ -175,6 +175,18 @@ def text_field(record: Record, info: Mapping[str, object], field: str) -> str:
     return value.strip()
 
 
+def stage2_texts(record: Record, info: Mapping[str, object]) -> tuple[str, str, str]:
+    """Category, caption and prompt; caption and prompt stand in for each other where one is not there.
+
+    Raises:
+        SampleError: see :func:`text_field`.
+    """
+    subject_text = text_field(record, info, "subject")
+    fields = ("caption" if "caption" in info else "prompt", "prompt" if "prompt" in info else "caption")
+    caption, prompt = (text_field(record, info, field) for field in fields)
+    return subject_text, caption, prompt
+
+
 def image_number(record: Record, info: Mapping[str, object]) -> int:
     """What samples of one photograph share, int64 ≥ 0: made from the JSON's ``image_id``, or else from the key."""
     identity = info.get("image_id", record["__key__"])
@@ -348,11 +360,7 @@ class Stage2Transform:
     def __call__(self, record: Record, position: int) -> Stage2Sample:
         """Raises: SampleError, with the cause."""
         info = read_info(record)
-        subject_text = text_field(record, info, "subject")
-        if "prompt" in info:
-            info.setdefault("caption", info["prompt"])
-        caption = text_field(record, info, "caption")
-        prompt = text_field(record, info, "prompt") if "prompt" in info else caption
+        subject_text, caption, prompt = stage2_texts(record, info)
         alpha_matte = decode_alpha(record, max_pixels=self.max_pixels)
 
         foreground = photo = target_image = latent_moments = None
