@@ -172,12 +172,13 @@ def check_data(config: Stage1Config | Stage2Config, data: DataSettings) -> list[
     from blipdiff_train.data.check import check_shards
 
     cache = ShardCache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
-    kind = f"stage{config.stage}"
+    online = data.context == "online"  # the photographs have no mattes yet, and their texts are read by `prepare`
+    kind = "photographs" if online else f"stage{config.stage}"
     sets = [("training", part, kind) for part in _mixture(data.shards)]
     if data.val_shards is not None:
         sets.append(("validation", data.val_shards, kind))
     if config.stage == 2 and data.backgrounds is not None:
-        sets.append(("backgrounds", data.backgrounds, "backgrounds"))
+        sets.append(("backgrounds", data.backgrounds, "photographs"))
     met: dict[bytes, str] = {}
     found: list[Finding] = []
     for name, shards, kind_of_set in sets:
@@ -188,8 +189,11 @@ def check_data(config: Stage1Config | Stage2Config, data: DataSettings) -> list[
             name=name,
             cache=cache,
             max_bad_fraction=data.max_bad_fraction,
-            met=met if kind_of_set == kind else None,
+            met=met if name != "backgrounds" else None,
         )
+    if online:
+        words = f"mattes are made by {data.annotation.segmenter.name} in the run; only the photographs are checked here"
+        found.append(Finding("mattes", "warning", words))
     if data.val_shards is None:
         found.append(Finding("validation", "warning", "no data.val_shards: the run is never validated"))
     if config.stage == 2 and data.backgrounds is None:
@@ -206,7 +210,7 @@ def _mixture(shards: Any) -> list[Any]:
 
 def _opened(config: TrainConfig, parts: ModelParts, data: DataSettings) -> ShardDataModule:
     """The run's loader, in this process, without its list of bad samples: looking leaves no trace in the run folder."""
-    datamodule = build.datamodule(config, parts, replace(data, workers=0))
+    datamodule = build.datamodule(config, parts, replace(data, workers=0, cache_latents=False))
     datamodule.quarantine = None
     datamodule.setup("fit")
     return datamodule

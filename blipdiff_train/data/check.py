@@ -29,7 +29,7 @@ from blipdiff_train.data.transforms import (
 
 Level = Literal["ok", "warning", "error"]
 Depth = Literal["sample", "full"]
-Kind = Literal["stage1", "stage2", "backgrounds"]
+Kind = Literal["stage1", "stage2", "photographs"]
 
 SAMPLED = 64
 """Samples that depth "sample" decodes, spread over the whole data set."""
@@ -41,7 +41,7 @@ _CATEGORIES = 5
 _READ: dict[str, tuple[str, ...]] = {
     "stage1": (*PHOTO_SUFFIXES, "json", "txt"),
     "stage2": (*PHOTO_SUFFIXES, *FOREGROUND_SUFFIXES, ALPHA_SUFFIX, "json", "txt"),
-    "backgrounds": PHOTO_SUFFIXES,
+    "photographs": PHOTO_SUFFIXES,
 }
 
 
@@ -99,7 +99,7 @@ def check_shards(
     contents = _decode(opened, [index for index in indices if index not in incomplete], kind, max_pixels)
     findings += _bad_samples(contents, incomplete, len(indices), len(opened), name, max_bad_fraction)
     findings += _check_photographs(contents, kind, name, met if met is not None else {})
-    if kind != "backgrounds" and contents.texts:
+    if kind != "photographs" and contents.texts:
         findings.append(_check_texts(contents.texts, name))
     if contents.mattes:
         findings += _check_mattes(contents, name)
@@ -126,7 +126,7 @@ def _check_keys(shards: ShardSet, name: str) -> Finding:
 def _incomplete(shards: ShardSet, kind: Kind) -> dict[int, str]:
     """Samples without a member they need, as the index tells: number → what is missing."""
     needed = {f".{' or .'.join(PHOTO_SUFFIXES)}": set(PHOTO_SUFFIXES)}
-    if kind != "backgrounds":
+    if kind != "photographs":
         needed[".json" if kind == "stage2" else ".json or .txt"] = {"json"} if kind == "stage2" else {"json", "txt"}
     if kind == "stage2":
         needed[f".{ALPHA_SUFFIX}"] = {ALPHA_SUFFIX}
@@ -162,7 +162,7 @@ def _decode(shards: ShardSet, indices: Sequence[int], kind: Kind, max_pixels: in
         try:
             record = shards.read(index, _READ[kind])
             image, _ = decode_photo(record, max_pixels=max_pixels)
-            info = {} if kind == "backgrounds" else read_info(record)
+            info = {} if kind == "photographs" else read_info(record)
             if kind == "stage1":
                 text = text_field(record, info, "caption")
             elif kind == "stage2":
@@ -181,7 +181,7 @@ def _decode(shards: ShardSet, indices: Sequence[int], kind: Kind, max_pixels: in
         digest = hashlib.blake2b(image.tobytes(), digest_size=12).digest()
         found.photographs[digest].append((where, image_number(record, info)))
         found.shorter_sides.append(min(image.shape[:2]))
-        if kind != "backgrounds":
+        if kind != "photographs":
             found.texts.append(text)
         if kind == "stage2":
             found.categories[subject] += 1

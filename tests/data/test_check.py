@@ -41,7 +41,7 @@ def test_good_shards_have_no_complaints(shards, backgrounds, depth):
     assert "5 shards, readable and contiguous, 23 samples" in text(findings)
     assert "23 of 23 samples decoded, all good" in text(findings)
     assert "1 categories: dog 23" in text(findings)
-    assert levels(check_shards(str(backgrounds), kind="backgrounds", depth=depth)) == {"ok"}
+    assert levels(check_shards(str(backgrounds), kind="photographs", depth=depth)) == {"ok"}
 
 
 def member(suffix, data):
@@ -158,7 +158,7 @@ def test_members_of_all_samples_are_looked_at_even_where_few_are_decoded(tmp_pat
     samples = [background_record(f"s{number:04d}", picture(1)) for number in range(500)]
     samples[321] = {"__key__": "s0321", "txt": "no picture"}
     shard = write_shards(samples, tmp_path)[0]
-    findings = check_shards(str(tmp_path), kind="backgrounds")
+    findings = check_shards(str(tmp_path), kind="photographs")
     assert f"warning: 1 of 500 samples lack a member\n  {shard}: s0321 has no .jpg" in text(findings)
     assert "64 of 500 samples decoded" in text(findings)
 
