@@ -90,6 +90,7 @@ def trainer(
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
     from blipdiff_train.stages.callbacks import (
+        Averaging,
         Checkpointing,
         FaultLimit,
         FiniteCheck,
@@ -155,6 +156,8 @@ def trainer(
     )
     if datamodule.latents is not None:
         made.callbacks.append(LatentCache(datamodule, signals, say))
+    if module.ema is not None:
+        made.callbacks.append(Averaging())
     made.callbacks += [FiniteCheck(), limit, log, ProgressLine(f"stage {config.stage}", log)]
     if config.every.samples is not None and has_validation:
         made.callbacks.append(
@@ -296,14 +299,18 @@ def parts(config: TrainConfig, say: Callable[[str], None]) -> ModelParts:
         found = stage1_parts(config.model, temperature=config.loss.temperature)
     else:
         found = stage2_parts(config, say)
-    dtype = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[
-        config.trainer.frozen_precision
-    ]
-    if dtype != torch.float32:  # what loaders give
-        found.image_encoder.to(dtype)
-        if found.denoiser is not None:
-            found.denoiser.vae.to(dtype)
     return found
+
+
+def lower_frozen(config: TrainConfig, parts: ModelParts, *, keep: bool) -> Callable[[], None]:
+    """Cast image tower and VAE to ``trainer.frozen_precision``; see ``models.freezing.lower_precision``."""
+    import torch
+
+    from blipdiff_train.models.freezing import lower_precision
+
+    dtype = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}[config.trainer.frozen_precision]
+    modules = [parts.image_encoder, *([parts.denoiser.vae] if parts.denoiser is not None else [])]
+    return lower_precision(modules if dtype != torch.float32 else [], dtype, keep=keep)  # loaders give fp32
 
 
 def stage1_parts(model: ModelSettings, *, temperature: float = 0.07) -> ModelParts:

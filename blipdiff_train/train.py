@@ -93,11 +93,13 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
 
     if is_main():
         check_writable(config.run_dir)
-    data = build.data_sources(config, say)
+    # models first: one that is not there should not be noticed after minutes of drawing toy shards
     parts = build.parts(config, say)
     module = build.module(config, parts)
+    data = build.data_sources(config, say)
     datamodule = build.datamodule(config, parts, data)
     frozen = checkpoints.frozen_hashes(module)
+    restore_frozen = build.lower_frozen(config, parts, keep=is_main())
     say(f"{build.batch_plan(config)}; {config.total_steps} steps; run folder {config.run_dir}")
     if state is None:
         say(str(module.trainable_report))
@@ -130,6 +132,7 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
             for logger in loggers:
                 logger.close()
     if is_main():
+        restore_frozen()
         save_model(config, module, parts, model_folder)
     return 0
 
@@ -177,13 +180,17 @@ def is_main() -> bool:
 
 
 def quiet() -> None:
-    """Keep Lightning's advertisements and its remarks on frozen parts out of the output; warnings stay."""
+    """Keep advertisements of Lightning's, and remarks on what is meant to be so, out of the output; warnings stay."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*in eval mode at the start of training.*",
         ".*isinstance.treespec.*",
         ".*does not have many workers.*",
+        # the stages join the processes' values themselves: recall is no mean of the processes' recalls
+        r".*sync_dist=True.*when logging on epoch level.*",
+        # of 1 × 1 convolutions, whose strides mean nothing
+        ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

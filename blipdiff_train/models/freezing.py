@@ -9,9 +9,10 @@ called from the owner's own ``train``.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -32,15 +33,19 @@ class TrainableReport:
         return "\n".join(lines)
 
 
-def set_trainable(module: nn.Module, patterns: Sequence[str]) -> TrainableReport:
+def set_trainable(
+    module: nn.Module, patterns: Sequence[str], *, without_gradient: Sequence[str] = ()
+) -> TrainableReport:
     """Let the parameters whose name matches a pattern train and freeze all others.
 
     Args:
         patterns: shell patterns on parameter names, e.g. ``"qformer.*"``; a leading ``!`` excludes again what earlier
             patterns took in. A tied parameter trains if any of its names is taken in.
+        without_gradient: how the names of parts begin that run without a graph, and so cannot train.
 
     Raises:
-        ValueError: no pattern, or one that matches no parameter: a misspelt name would silently train nothing.
+        ValueError: no pattern, one that matches no parameter, or one that takes in what cannot train: it would silently
+            train nothing.
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     if not patterns:
@@ -54,6 +59,14 @@ def set_trainable(module: nn.Module, patterns: Sequence[str]) -> TrainableReport
             raise ValueError(f"trainable pattern {pattern!r} matches no parameter; parameter names begin with: {parts}")
         chosen = chosen - set(matched) if excludes else chosen | set(matched)
 
+    impossible = sorted(name for name in chosen if name.startswith(tuple(without_gradient)))
+    if impossible:
+        more = f" and {len(impossible) - 1} more" if len(impossible) > 1 else ""
+        raise ValueError(
+            f"trainable={list(patterns)} takes in {impossible[0]}{more}, which cannot train: it runs without gradient; "
+            f"allowed are parts other than {', '.join(f'{part}*' for part in without_gradient)}"
+        )
+
     chosen_ids = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in chosen}
     trainable, frozen = [], []
     num_trainable: dict[str, int] = {}
@@ -66,6 +79,28 @@ def set_trainable(module: nn.Module, patterns: Sequence[str]) -> TrainableReport
         num_trainable[part] = num_trainable.get(part, 0) + trains * parameter.numel()
         num_frozen[part] = num_frozen.get(part, 0) + (not trains) * parameter.numel()
     return TrainableReport(tuple(trainable), tuple(frozen), num_trainable, num_frozen)
+
+
+def lower_precision(modules: Sequence[nn.Module], dtype: torch.dtype, *, keep: bool) -> Callable[[], None]:
+    """Cast frozen modules to ``dtype``.
+
+    Args:
+        keep: whether their own numbers are kept besides; without, there is no way back.
+
+    Returns:
+        A function that puts the kept numbers back, bit for bit: those are what a model is saved with.
+    """
+    originals = [module.state_dict() if keep else {} for module in modules]
+    for module in modules:
+        nn.Module.to(module, dtype)  # diffusers' own `to` warns about an empty list of layers to keep
+
+    def restore() -> None:
+        for module, tensors in zip(modules, originals, strict=True):
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if name in tensors:
+                    tensor.data = tensors[name]
+
+    return restore
 
 
 def keep_frozen_in_eval(module: nn.Module) -> None:

@@ -7,11 +7,13 @@ validation, the pictures and the checkpoint "of step 200" all belong to the weig
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite; the weights are still those of the step before."""
+    """A loss or gradient became NaN or infinite; the weights are still those of the step before."""
 
 
 class RunInterrupted(Exception):
@@ -43,8 +45,30 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
+class Averaging(Callback):
+    """Takes each step's weights into ``module.ema``, the averaged weights, and validates with these.
+
+    They are put back before ``on_validation_end``, where checkpoints are written: those hold the weights themselves.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if ends_step(trainer, batch_idx):
+            module.ema.update()
+
+    def on_validation_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module.ema.swap_in()
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module.ema.swap_out()
+
+
 class FiniteCheck(Callback):
-    """Stop on every rank, before the optimizer step, when the loss of any micro-batch on any rank is not finite."""
+    """Stop on every rank, before the optimizer step, when a loss or gradient on any rank is not finite.
+
+    A gradient can overflow under a finite loss. In fp16 it does so now and then; there the scaler skips the step.
+    """
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
@@ -60,11 +84,18 @@ class FiniteCheck(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         # one wait for the device a step, however many micro-batches
-        finite = torch.isfinite(torch.stack(self._losses)).tolist()
-        bad = [key for good, keys in zip(finite, self._keys, strict=True) if not good for key in keys]
-        self._losses, self._keys = [], []
-        if not distributed.any_rank(not all(finite), device=module.device):
+        values = torch.stack(self._losses).float()
+        if trainer.precision != "16-mixed":
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            values = torch.cat([values, torch.nn.utils.get_total_norm(gradients).to(values)[None]])
+        *finite, last = torch.isfinite(values).tolist()
+        finite = [*finite, last][: len(self._losses)]
+        keys, self._losses, self._keys = self._keys, [], []
+        if not distributed.any_rank(not (all(finite) and last), device=module.device):
             return
+        # gradients are those of all ranks: only where every loss is finite do they name the samples
+        what = "loss" if distributed.any_rank(not all(finite), device=module.device) else "gradient"
+        bad = [key for good, some in zip(finite, keys, strict=True) if what == "gradient" or not good for key in some]
         everywhere: list[list[str]] = [bad]
         if distributed.world_size() > 1:
             everywhere = [[] for _ in range(distributed.world_size())]
@@ -72,7 +103,7 @@ class FiniteCheck(Callback):
         names = [key for keys in everywhere for key in keys]
         more = f" and {len(names) - 16} more" if len(names) > 16 else ""
         raise NonFiniteLoss(
-            f"the loss of optimizer step {trainer.global_step + 1} is not finite; the step was not taken. "
+            f"the {what} of optimizer step {trainer.global_step + 1} is not finite; the step was not taken. "
             f"Samples of the bad micro-batches: {', '.join(names[:16])}{more}. Lower optim.lr or set "
             "optim.gradient_clip, use trainer.precision=32-true, or look at these samples"
         )
@@ -188,8 +219,7 @@ class StepLog(Callback):
             return
         # the rate of this very step: after it the schedule has moved on
         self._extra = {"lr": optimizer.param_groups[0]["lr"]}
-        if "FSDP" not in type(trainer.strategy).__name__:  # there a rank holds pieces of the gradients only
-            self._extra |= {f"grad_norm/{part}": norm for part, norm in gradient_norms(module).items()}
+        self._extra |= {f"grad_norm/{part}": norm for part, norm in gradient_norms(module).items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -270,7 +300,8 @@ class SampleGrids(Callback):
         if self._batch is None:
             self._batch = self._first_batch()
         # whatever the sampler draws from the global generator must not show in the steps that follow
-        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
+        untouched = torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else [])
+        with untouched, module.ema.swapped() if module.ema is not None else nullcontext():
             image = module.sample_grid(self._batch.to(module.device))
         for logger in self.loggers:
             logger.log_image("grid", image, step)
@@ -407,6 +438,8 @@ class ProgressLine(Callback):
         if trainer.is_global_zero and sys.stderr.isatty():
             from tqdm import tqdm
 
+            # a terminal that does not know its width (a container's, a recorder's) would show nothing
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
             form = "{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps  {postfix[0]}  {remaining} left"
             self._bar = tqdm(
                 total=trainer.max_steps,
@@ -414,7 +447,8 @@ class ProgressLine(Callback):
                 desc=self.title,
                 bar_format=form,
                 postfix=[""],
-                dynamic_ncols=True,
+                dynamic_ncols=width > 0,
+                ncols=None if width > 0 else 100,
                 leave=True,
             )
 

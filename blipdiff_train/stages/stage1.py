@@ -98,10 +98,11 @@ class Stage1Module(LightningModule):
         weight_decay, betas, eps: of AdamW.
         trainable: patterns on parameter names; what matches none of them is frozen.
         gradient_checkpointing: recompute the Q-Former's layers in the backward pass.
-        ema_decay: of the average of the trainable parameters that validation uses; None for none.
+        ema_decay: of the averaged weights, see ``stages.callbacks.Averaging``; None keeps none.
 
     Attributes:
         trainable_report: what trains and what does not, with counts.
+        ema: the averaged weights, or None.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Stage1Module(LightningModule):
             "min_lr": min_lr,
         }
         qformer.set_gradient_checkpointing(gradient_checkpointing)
-        self.trainable_report = set_trainable(self, trainable)
+        self.trainable_report = set_trainable(self, trainable, without_gradient=("image_encoder.",))
         self.ema = None if ema_decay is None else ParameterAverage(self.named_parameters(), ema_decay)
         self._validation = self._new_record()
 
@@ -331,8 +332,6 @@ class Stage1Module(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = self._new_record()
-        if self.ema is not None:
-            self.ema.swap_in()
 
     def validation_step(self, batch: Stage1Batch, batch_idx: int) -> None:
         """Losses and accuracies with negatives from within the batch (processes may hold unequal batches)."""
@@ -343,9 +342,6 @@ class Stage1Module(LightningModule):
         self._validation.add(outputs, batch)
 
     def on_validation_epoch_end(self) -> None:
-        # before on_validation_end, where checkpoints are written: they hold the weights, not their average
-        if self.ema is not None:
-            self.ema.swap_out()
         self.log_dict(self._validation.metrics(), batch_size=1)
         self._validation = self._new_record()
 
@@ -359,23 +355,10 @@ class Stage1Module(LightningModule):
         schedule = build_schedule(optimizer, **self.schedule_arguments)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update()
-
     def train(self, mode: bool = True) -> Stage1Module:
         super().train(mode)
         keep_frozen_in_eval(self)
         return self
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.ema is not None and "ema" in checkpoint:
-            self.ema.load_state_dict(checkpoint["ema"])
 
 
 class ValidationRecord:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +45,6 @@ if TYPE_CHECKING:
 PAPER_TRAINABLE = ("qformer.*", "projection.*", "text_encoder.*", "unet.*")
 """Paper, section 4.1: everything but the image tower and the VAE."""
 
-WITHOUT_GRADIENT = ("image_encoder.", "vae.")
-"""Parts that run without a graph: training them is not possible, so asking for it is an error."""
-
 VALIDATION_FRACTIONS = (0.1, 0.35, 0.6, 0.85)
 """Where on the noise schedule validation looks, as fractions of T: from almost clean to almost noise."""
 
@@ -65,7 +61,7 @@ class Stage2Module(LightningModule):
         loss_weighting: of the timesteps: ``constant`` (paper), or ``truncated_snr``, see ``losses.diffusion``.
         trainable: name patterns under ``qformer.``, ``projection.``, ``text_encoder.`` and ``unet.``, see
             ``models.freezing``. What no subject embedding depends on is left out by itself.
-        ema_decay: of the averaged weights; None keeps none.
+        ema_decay: of the averaged weights, see ``stages.callbacks.Averaging``; None keeps none.
         gradient_checkpointing: recompute activations of Q-Former, text encoder and UNet in the backward pass.
 
     ``parts.metadata`` is told the template and that sentences are not repeated, so that generation does as training.
@@ -127,19 +123,14 @@ class Stage2Module(LightningModule):
         object.__setattr__(self, "denoiser", parts.denoiser)
 
         idle = [f"!{name}" for name in sorted(self.subject_encoder.idle_parameters())]
-        self.trainable_report = set_trainable(self, [*trainable, *idle])
-        impossible = [name for name in self.trainable_report.trainable if name.startswith(WITHOUT_GRADIENT)]
-        if impossible:
-            raise ValueError(
-                f"trainable={list(trainable)} takes in {impossible[0]} and {len(impossible) - 1} more that run without "
-                "gradient; name the parts to train, e.g. " + ", ".join(PAPER_TRAINABLE)
-            )
+        self.trainable_report = set_trainable(
+            self, [*trainable, *idle], without_gradient=("image_encoder.", "vae.")
+        )
         if gradient_checkpointing:
             self.qformer.set_gradient_checkpointing(True)
             self.text_encoder.set_gradient_checkpointing(True)
             self.unet.enable_gradient_checkpointing()
         self.ema = ParameterAverage(self.named_parameters(), ema_decay) if ema_decay is not None else None
-        self._has_averages = False
         self._validation: list[tuple[Tensor, Tensor]] = []
         self._validation_names: tuple[str, ...] = ()
         self.train()
@@ -228,9 +219,6 @@ class Stage2Module(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []
-        if self.ema is not None:
-            self.ema.swap_in()
-            self._has_averages = True
 
     def validation_step(self, batch: Stage2Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         losses = self.validation_losses(batch)
@@ -238,10 +226,6 @@ class Stage2Module(LightningModule):
         self._validation_names = tuple(losses)
 
     def on_validation_epoch_end(self) -> None:
-        # before on_validation_end, where checkpoints are written: they hold the weights, not their average
-        if self.ema is not None:
-            self.ema.swap_out()
-            self._has_averages = False
         if self._validation:
             # processes have equally many rows; some samples come twice to make them so, and count once
             positions, rows = (
@@ -252,10 +236,6 @@ class Stage2Module(LightningModule):
             named = zip(self._validation_names, means, strict=True)
             self.log_dict({f"val/{name}": mean for name, mean in named if not math.isnan(mean)}, batch_size=1)
             self._validation = []
-
-    def _averages(self) -> AbstractContextManager[None]:
-        """Inside, the averaged weights are in place, where there are any."""
-        return nullcontext() if self.ema is None or self._has_averages else self.ema.swapped()
 
     @torch.no_grad()
     def validation_losses(self, batch: Stage2Batch) -> dict[str, Tensor]:
@@ -307,11 +287,9 @@ class Stage2Module(LightningModule):
             batch: its first ``num`` samples are drawn; a dropped subject is put back.
             steps, guidance: of the PNDM sampler.
             seed: of the initial noise, which differs from row to row.
-
-        Averaged weights are used where there are any.
         """
         num = min(num, len(batch))
-        with evaluating(self), self._averages():
+        with evaluating(self):
             subject_embeds = self.subject_encoder(batch.subject_image[:num], batch.subject_text[:num])
             texts = self.sentences(batch, torch.zeros(len(batch), dtype=torch.bool))[:num]
             prompt_embeds = self.text_encoder(texts, subject_embeds, subject_position=self.template.subject_position)
@@ -344,19 +322,6 @@ class Stage2Module(LightningModule):
         optimizer = build_optimizer(self.named_parameters(), **self.optimizer_settings)
         schedule = build_schedule(optimizer, **self.schedule_settings)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.ema is not None and "ema" in checkpoint:
-            self.ema.load_state_dict(checkpoint["ema"])
 
 
 GRID_COLUMNS = ("input", "target", "generated")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blipdiff_train.models.ema import ParameterAverage
-from blipdiff_train.models.freezing import keep_frozen_in_eval, set_trainable
+from blipdiff_train.models.freezing import keep_frozen_in_eval, lower_precision, set_trainable
 
 
 def model() -> nn.ModuleDict:
@@ -42,6 +42,24 @@ def test_tied_parameters_train_under_any_of_their_names() -> None:
     module["b"].weight = module["a"].weight
     set_trainable(module, ["b.weight"])
     assert module["a"].weight.requires_grad
+
+
+def test_what_runs_without_gradient_cannot_train() -> None:
+    with pytest.raises(ValueError, match=r"takes in tower.0.bias and 1 more, which cannot train"):
+        set_trainable(model(), ["*"], without_gradient=("tower.",))
+    set_trainable(model(), ["*", "!tower.*"], without_gradient=("tower.",))
+
+
+def test_frozen_parts_get_their_own_numbers_back() -> None:
+    tower = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    own = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    restore = lower_precision([tower], torch.bfloat16, keep=True)
+    assert tower[0].weight.dtype == torch.bfloat16
+    assert not torch.equal(tower[0].weight.float(), own["0.weight"])  # rounded
+    restore()
+    found = tower.state_dict()
+    assert found.keys() == own.keys()
+    assert all(found[name].dtype == own[name].dtype and torch.equal(found[name], own[name]) for name in own)
 
 
 def test_frozen_parts_stay_in_eval() -> None:

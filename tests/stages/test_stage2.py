@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from blipdiff_train.data.samples import Stage2Batch
 from blipdiff_train.models.denoiser import draw_timesteps
+from blipdiff_train.stages.callbacks import Averaging
 from blipdiff_train.stages.stage2 import Stage2Module
 
 
@@ -84,7 +85,7 @@ def test_frozen_parts_stay_in_eval() -> None:
 
 @pytest.mark.parametrize("pattern", ["*", "vae.*", "image_encoder.*"])
 def test_parts_without_gradient_cannot_be_trained(pattern: str) -> None:
-    with pytest.raises(ValueError, match=r"run without gradient; name the parts to train"):
+    with pytest.raises(ValueError, match=r"cannot train: it runs without gradient; .* image_encoder.\*, vae.\*"):
         build(trainable=[pattern])
 
 
@@ -254,29 +255,23 @@ def test_swapping_equal_subjects_changes_nothing() -> None:
     assert (losses["loss_noise_dropped"] - losses["loss_noise"]).abs().max() > 1e-6
 
 
-def test_average_is_validated_and_put_back(tmp_path) -> None:
+def test_average_is_validated_and_put_back() -> None:
     module = build(ema_decay=0.9, lr=1e-2)
-    fit = trainer(max_epochs=3)
+    fit = trainer(max_epochs=3, callbacks=[Averaging()])
     fit.fit(module, loaders(tiny_batch()))
     assert module.ema.num_updates == 3
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     with module.ema.swapped():
         module.eval()
         expected = float(module.validation_losses(tiny_batch())["loss_noise"].mean())
-    result = trainer().validate(module, loaders(tiny_batch()), verbose=False)[0]
+    result = trainer(callbacks=[Averaging()]).validate(module, loaders(tiny_batch()), verbose=False)[0]
     assert result["val/loss_noise"] == pytest.approx(expected, rel=1e-5)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in module.named_parameters())
-
-    fit.save_checkpoint(tmp_path / "last.ckpt")
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    fresh = build(ema_decay=0.9)
-    fresh.on_load_checkpoint(checkpoint)
-    assert all(torch.equal(fresh.ema.average[name], value) for name, value in module.ema.average.items())
 
 
 def test_accumulation_counts_optimizer_steps() -> None:
     module = build(ema_decay=0.9, total_steps=2, schedule=None)
-    fit = trainer(accumulate_grad_batches=2, max_epochs=1)
+    fit = trainer(accumulate_grad_batches=2, max_epochs=1, callbacks=[Averaging()])
     fit.fit(module, loaders(*[tiny_batch(1, first_position=position) for position in range(4)]))
     assert fit.global_step == 2
     assert module.ema.num_updates == 2
