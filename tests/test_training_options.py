@@ -123,7 +123,7 @@ def test_two_processes_in_a_terminal(world, tmp_path) -> None:
     shown: list[bytes] = []
     reader = threading.Thread(target=_read_all, args=(master, shown))
     reader.start()
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=500)
     reader.join(timeout=10)
     assert job.returncode == 0, output
     assert output.count("global batch 4 = 2 processes × micro-batch 2 × accumulation 1") == 1
