@@ -96,10 +96,10 @@ def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -
     # models first: one that is not there should not be noticed after minutes of drawing toy shards
     parts = build.parts(config, say)
     module = build.module(config, parts)
-    data = build.data_sources(config, say)
-    datamodule = build.datamodule(config, parts, data)
     frozen = checkpoints.frozen_hashes(module)
     restore_frozen = build.lower_frozen(config, parts, keep=is_main())
+    data = build.data_sources(config, say)
+    datamodule = build.datamodule(config, parts, data)
     say(f"{build.batch_plan(config)}; {config.total_steps} steps; run folder {config.run_dir}")
     if state is None:
         say(str(module.trainable_report))
