@@ -26,13 +26,19 @@ THUMBNAIL_PX = 160
 REJECTED_SHOWN = 8
 REJECTED_LISTED = 200
 
+CAPTION_SOURCES = {
+    "given": "came with the photograph",
+    "model": "the captioner",
+    "template": "a photo of a ⟨category⟩",
+}
+
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1024px; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ddd; }
 .numbers { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
 .numbers div { background: #f4f5f7; border-radius: 8px; padding: .6rem 1rem; }
 .numbers b { display: block; font-size: 1.5rem; }
-.grid { display: flex; flex-wrap: wrap; gap: 10px; } figure { margin: 0; width: 330px; }
+.grid { display: flex; flex-wrap: wrap; gap: 14px 24px; } figure { margin: 0; width: 496px; }
 figure.single { width: 160px; } figure img { display: inline-block; border-radius: 4px; vertical-align: top; }
 figcaption { font-size: 12px; color: #555; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }
@@ -58,6 +64,7 @@ def write_report(
     """
     samples = [sample for account in accounts for sample in account["samples"]]
     causes = Counter(entry["cause"] for entry in rejected)
+    captions = Counter(sample["caption_source"] for sample in samples if "caption_source" in sample)
     kept_share = len(samples) / max(1, len(records))
     parts = [
         f"<h1>Prepared {html.escape(settings.kind)}</h1>",
@@ -72,15 +79,18 @@ def write_report(
     ]
     if settings.kind == "subjects" and samples:
         parts += ["<h2>Measures of the samples kept</h2>", _histograms(samples)]
-        parts += ["<h2>Mattes over a checkerboard, and on another background</h2>", _mattes(settings, len(samples))]
+        parts += ["<h2>Photograph, subject over a checkerboard, and on another background</h2>", _mattes(settings, len(samples))]
     if causes:
         parts += ["<h2>Rejected, by cause</h2>", _rejections(settings, records, rejected, causes)]
     parts += ["<h2>Time of each step</h2>", _times(accounts, len(records))]
     if settings.kind == "subjects" and samples:
         subjects = Counter(sample["subject"] for sample in samples)
         parts += ["<h2>Samples of each category</h2>", _table(subjects.most_common(100), ("category", "samples"))]
+    if captions:
+        rows = [(CAPTION_SOURCES[source], count) for source, count in captions.most_common()]
+        parts += ["<h2>Where the captions are from</h2>", _table(rows, ("source", "samples"))]
     thresholds = json.dumps(settings.identity(), indent=2, default=list, ensure_ascii=False)
-    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(thresholds)}</pre>"]
+    parts += ["<h2>Settings and thresholds</h2>", f"<pre>{html.escape(thresholds)}</pre>"]
     page = "\n".join(parts)
     write_text(
         path,
@@ -98,14 +108,19 @@ def checkerboard(rows: int, columns: int, tile_px: int = 8) -> np.ndarray:
 
 def on_checkerboard(image: np.ndarray, alpha_matte: np.ndarray, size_px: int = THUMBNAIL_PX) -> np.ndarray:
     """The cut-out subject (H W 3 uint8 and H W uint8) over a checkerboard, longest side ``size_px``."""
-    factor = size_px / max(image.shape[:2])
-    size = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor))
-    small, matte = (cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in (image, alpha_matte))
+    small, matte = _small(image, size_px), _small(alpha_matte, size_px)
     return blend(small, matte, checkerboard(*matte.shape))
 
 
+def _small(picture: np.ndarray, size_px: int = THUMBNAIL_PX) -> np.ndarray:
+    """``picture`` (H W or H W 3) with its longest side ``size_px``."""
+    factor = size_px / max(picture.shape[:2])
+    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
 def _mattes(settings: Settings, num_samples: int) -> str:
-    """Evenly spread samples: the matte over a checkerboard beside the subject on another sample's photograph."""
+    """Evenly spread samples: the photograph, its subject over a checkerboard, and on another sample's photograph."""
     count = min(settings.report.num_thumbnails, num_samples)
     if count == 0:
         return "<p>none shown: report.num_thumbnails is 0</p>"
@@ -125,8 +140,9 @@ def _mattes(settings: Settings, num_samples: int) -> str:
         )
         caption = (
             f"{facts['source']} · {facts['subject']} · area {facts['area']:.0%}, unknown {facts['unknown_share']:.0%}"
+            f" · “{facts['caption']}”"
         )
-        figures.append(_figure([on_checkerboard(foreground, matte), composite], caption))
+        figures.append(_figure([_small(image), on_checkerboard(foreground, matte), composite], caption))
     return '<div class="grid">' + "".join(figures) + "</div>"
 
 
