@@ -331,7 +331,10 @@ class PrepareConfig:
     captions: str | None = key(
         "null: sidecar .txt or the table's column; or a .csv/.json file of path → caption"
     )
-    openimages: dict | None = key("{boxes: csv, classes: csv, area: [0.1, 0.8], exclude: [names]}")
+    openimages: dict | None = key(
+        "{boxes: csv, classes: csv, labels: csv, area: [0.1, 0.8], dominance: 2, exclude: [names]}; only the first two "
+        "are needed"
+    )
     limit: int | None = key("first so many photographs only", low=1)
     seed: int = key("for pictures in the report; nothing in the shards is random", low=0)
     photographs_per_shard: int = key("unit of work and of resuming", low=1)

@@ -79,7 +79,8 @@ def write_report(
     ]
     if settings.kind == "subjects" and samples:
         parts += ["<h2>Measures of the samples kept</h2>", _histograms(samples)]
-        parts += ["<h2>Photograph, subject over a checkerboard, and on another background</h2>", _mattes(settings, len(samples))]
+        parts += ["<h2>Photograph, subject over a checkerboard, and on another background</h2>"]
+        parts += [_mattes(settings, len(samples))]
     if causes:
         parts += ["<h2>Rejected, by cause</h2>", _rejections(settings, records, rejected, causes)]
     parts += ["<h2>Time of each step</h2>", _times(accounts, len(records))]

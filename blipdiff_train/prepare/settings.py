@@ -11,6 +11,7 @@ from typing import Any
 from blipdiff_train.context.matting import ENGINES as MATTING_ENGINES
 
 KINDS = ("subjects", "backgrounds")
+OPENIMAGES_FILES = ("boxes", "classes", "labels")
 STEPS = ("all", "duplicates", "shards", "report")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -208,6 +209,12 @@ def _problems(s: Settings) -> list[str]:
     need(s.kind in KINDS, "kind", s.kind, f"one of {', '.join(KINDS)}")
     need(s.limit is None or s.limit >= 1, "limit", s.limit, "null or at least 1 photograph")
     need(s.photographs_per_shard >= 1, "photographs_per_shard", s.photographs_per_shard, "at least 1")
+    if s.openimages is not None:
+        unknown = sorted(set(s.openimages) - {*OPENIMAGES_FILES, "area", "exclude", "dominance"})
+        expected = f"only {', '.join(OPENIMAGES_FILES)}, area, exclude, dominance"
+        need(not unknown, "openimages", ", ".join(unknown), expected)
+        for file in ("boxes", "classes"):
+            need(bool(s.openimages.get(file)), f"openimages.{file}", s.openimages.get(file), "a CSV file")
     need(s.step in STEPS, "step", s.step, f"one of {', '.join(STEPS)}")
     if s.part is not None:
         try:

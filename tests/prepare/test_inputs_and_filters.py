@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from blipdiff_train.context.rejection import Rejection
@@ -20,7 +22,7 @@ from blipdiff_train.prepare.filters import (
 )
 from blipdiff_train.prepare.openimages import salient_subjects
 from blipdiff_train.prepare.records import list_records
-from blipdiff_train.prepare.settings import FilterSettings
+from blipdiff_train.prepare.settings import FilterSettings, Settings, make_settings
 
 
 def jpeg(path, seed=0):
@@ -114,6 +116,16 @@ def test_openimages_keeps_images_with_one_salient_subject(tmp_path):
     (tmp_path / "boxes.csv").write_text(head + "".join(lines))
     chosen = {"boxes": str(tmp_path / "boxes.csv"), "classes": str(tmp_path / "classes.csv")}
     assert salient_subjects(**chosen) == {"good": "dog"}
+    # the box says dog, people who looked at the whole image say that there is none
+    (tmp_path / "labels.csv").write_text("ImageID,Source,LabelName,Confidence\ngood,v,/m/3,0\ngood,v,/m/1,1\n")
+    assert salient_subjects(**chosen, labels=tmp_path / "labels.csv") == {"good": "dog"}
+    (tmp_path / "labels.csv").write_text("ImageID,Source,LabelName,Confidence\ngood,v,/m/1,0\n")
+    assert salient_subjects(**chosen, labels=tmp_path / "labels.csv") == {}
+    (tmp_path / "labels.csv").write_text("ImageID,LabelName\n")
+    with pytest.raises(ValueError, match=r"openimages.labels=.*labels.csv: no column Confidence"):
+        salient_subjects(**chosen, labels=tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match=r"openimages='box', expected only boxes, .*\n.*openimages.boxes=None"):
+        make_settings({"input": "x", "output": "y", "openimages": {"box": "b.csv", "classes": "c.csv"}})
     for name in ("good", "human", "two"):
         jpeg(tmp_path / f"images/{name}.jpg")
     assert [(r.name, r.subject_text) for r in list_records(tmp_path / "images", openimages=chosen)] == [
@@ -174,3 +186,14 @@ def test_each_matte_filter_has_its_cause():
     assert check_matte(measure_matte(pieces), filters).cause == "in_pieces"
     assert check_matte(measure_matte(matte), FilterSettings(area=None)) is None
     assert check_photograph(np.full((50, 50, 3), 90, np.uint8), filters).cause == "blurred"
+
+
+def test_the_yaml_has_the_defaults_of_the_code_and_a_reason_for_each_threshold(repository):
+    text = (repository / "configs/commands/prepare.yaml").read_text()
+    plain = yaml.safe_load(text)
+    assert make_settings(plain | {"input": "x"}) == make_settings({"input": "x", "output": plain["output"]})
+    # what the command line does not have: the device of a model in the worker's own process
+    assert set(plain) == {entry.name for entry in dataclasses.fields(Settings)} - {"device"}
+    block = text[text.index("\nfilters:") :].split("\nreport:")[0].strip().splitlines()
+    assert len(block) == 1 + len(plain["filters"])
+    assert all("  # " in line for line in block)

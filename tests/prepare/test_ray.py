@@ -40,9 +40,10 @@ class NotingNode(work.Worker):
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes of two CPUs each; everything of it ends with the module."""
-    before = os.environ.get("PYTHONPATH")
+    before = dict(os.environ)
     # what a node's processes can import: this checkout, and the tests' own modules
     os.environ["PYTHONPATH"] = f"{REPOSITORY}:{Path(__file__).parent}"
+    os.environ.update(RAY_worker_niceness="0")  # on a busy machine they would wait for everything else
     made = LocalCluster()
     try:
         made.add_node(num_cpus=2, **MEMORY)
@@ -52,10 +53,8 @@ def cluster():
     finally:
         ray.shutdown()
         made.shutdown()
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
