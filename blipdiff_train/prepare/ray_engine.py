@@ -63,13 +63,15 @@ class Cluster:
         """As :func:`blipdiff_train.prepare.local_engine.run_all`, with ``workers`` tasks under way in the cluster."""
         ray = self._ray
         actors = [
-            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"))(Models).remote(settings, device)
+            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"))(ModelsActor).remote(settings, device)
             for device in devices
         ]
         task_of = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_work)
         ours = ray.put(settings)
         waiting, running = enumerate(tasks), set()
         try:
+            for actor in actors:
+                self._result(actor.load.remote())
             while True:
                 while len(running) < workers and (numbered := next(waiting, None)) is not None:
                     number, task = numbered
@@ -102,6 +104,19 @@ class Cluster:
 
 
 # ---- what runs in the cluster ----------------------------------------------------------------------------------------
+
+class ModelsActor:
+    """:class:`Models`, loaded in a call of its own: an error there reaches the driver as it is."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self._arguments = settings, device
+
+    def load(self) -> None:
+        self._models = Models(*self._arguments)
+
+    def call(self, method: str, *arguments: Any) -> tuple[Any, float]:
+        return self._models.call(method, *arguments)
+
 
 _made: dict[Any, Callable[[Any], Any]] = {}
 """What this process has built, so that a task need not build it again; the last job's only."""
