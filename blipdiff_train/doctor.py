@@ -63,6 +63,8 @@ def run(config: TrainConfig) -> int:
         show(check_data(config, data))
     parts = attempt(show, "models", lambda: build.parts(config, _say))
     module = attempt(show, "models", lambda: build.module(config, parts)) if parts is not None else None
+    if module is not None:
+        build.lower_frozen(config, parts, keep=False)
     datamodule = None
     if data is not None and parts is not None:
         datamodule = attempt(show, "batches", lambda: _opened(config, parts, data))
