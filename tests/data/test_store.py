@@ -7,9 +7,11 @@ import os
 import zlib
 from pathlib import Path
 
+import fsspec
 import pytest
 from shard_makers import annotated
 
+from blipdiff_train.data.cache import ShardCache
 from blipdiff_train.data.shards import SampleError, ShardSet, write_shards
 from blipdiff_train.data.store import SampleStore
 
@@ -118,3 +120,22 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_key(shards, tmp_path)
     store = SampleStore("mattes", {}, tmp_path / "file")
     with pytest.raises(OSError, match=r"file.*cannot be kept there.*data\.store="):
         store.write(ShardSet(str(shards)), 0, MEMBERS)
+
+
+def test_entries_of_remote_shards_are_in_their_cache_and_those_of_two_folders_beside_each(shards, tmp_path):
+    tar = next(shards.glob("*-000000.tar"))
+    with fsspec.open("memory://store/shard-000000.tar", "wb") as file:
+        file.write(tar.read_bytes())
+    remote = ShardSet("memory://store/shard-000000.tar", cache=ShardCache(tmp_path / "cache"))
+    store = SampleStore("mattes", {})
+    store.write(remote, 2, MEMBERS)
+    assert store.read(ShardSet("memory://store/shard-000000.tar", cache=ShardCache(tmp_path / "cache")), 2) == MEMBERS
+    assert only_entry(tmp_path / "cache").parts[-4:-2] == (".made", f"mattes-{store.key}")
+
+    for name in ("a", "b"):
+        write_shards([annotated(0 if name == "a" else 1)], tmp_path / name)
+    both = ShardSet([str(tmp_path / "a"), str(tmp_path / "b")])
+    for index in range(2):
+        store.write(both, index, {"which": b"ab"[index : index + 1]})
+    assert [only_entry(tmp_path / name).read_bytes()[-1:] for name in ("a", "b")] == [b"a", b"b"]
+    assert [store.read(both, index) for index in range(2)] == [{"which": b"a"}, {"which": b"b"}]
