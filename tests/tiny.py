@@ -193,7 +193,7 @@ def run(*words: str, check: bool = True, **environment: str) -> subprocess.Compl
         text=True,
         env=os.environ | environment,
         cwd=REPOSITORY,
-        timeout=300,
+        timeout=900,
     )
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
