@@ -21,8 +21,12 @@ HEADER = """# Parity with the reference implementations
 Largest error of each quantity against what LAVIS and diffusers computed on tiny random weights (fp32, CPU). Absolute,
 except gradients: ‖ours − theirs‖ / ‖theirs‖ of the worst tensor; the gradients of key biases are zero in exact
 arithmetic and compared absolutely. Activations may differ by 20 × what rounding alone does to the reference
-(its own fp32 against fp64), at least 1e-5. Regenerate with `python scripts/parity_table.py`. What differs on purpose is
-listed in [differences.md](differences.md).
+(its own fp32 against fp64), at least 1e-5. What differs on purpose is listed in [differences.md](differences.md).
+
+Regenerate with `python scripts/parity_table.py`, which runs the cases that a clone has, or with
+`--golden FOLDER --output docs/parity.md` for any folder of cases; this table is of all cases there are, those included
+that would make a clone too large. Sizes, seeds and the number of processes are read from the cases.
+`tests/parity/test_naive.py` compares stage 1 at drawn sizes with a second, plain writing of it besides.
 
 """
 

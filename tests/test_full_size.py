@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from blipdiff_train.models.alignment import AlignmentHeads
@@ -27,6 +28,14 @@ from blipdiff_train.models.qformer import QFormer, QFormerConfig
 from blipdiff_train.models.subject_encoder import SubjectProjection
 
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "full_size.md"
+
+
+def stated(number: int) -> int:
+    """``number``, which the page in docs/ must state too."""
+    assert f"{number:,}" in PAGE.read_text(encoding="utf-8"), f"{PAGE.name} does not say {number:,}"
+    return number
 
 
 def count(module: nn.Module) -> int:
@@ -44,9 +53,9 @@ def norm(width: int) -> int:
 
 def test_stable_diffusion_has_the_published_counts():
     with torch.device("meta"):
-        assert count(build_unet(SD15_UNET)) == 859_520_964
-        assert count(build_vae(SD15_VAE)) == 83_653_863
-        assert count(build_text_model(SD15_TEXT)) == 123_060_480
+        assert count(build_unet(SD15_UNET)) == stated(859_520_964)
+        assert count(build_vae(SD15_VAE)) == stated(83_653_863)
+        assert count(build_text_model(SD15_TEXT)) == stated(123_060_480)
 
 
 def test_image_tower_is_vit_l_14_without_its_last_layer():
@@ -55,10 +64,12 @@ def test_image_tower_is_vit_l_14_without_its_last_layer():
     width, inner, patches = 1024, 4096, 16 * 16 + 1
     layer = 4 * linear(width, width) + 2 * norm(width) + linear(width, inner) + linear(inner, width)
     stem = width + 3 * 14 * 14 * width + patches * width + norm(width)  # class token, patches (no bias), positions
+    assert stated(layer) == 12_596_224
     with torch.device("meta"):
         whole = CLIPVisionModel(CLIPVisionConfig(**CLIP_VIT_L_14))
-        assert count(whole) == stem + 24 * layer + norm(width) == 303_179_776  # the published tower
-        assert count(ImageEncoder(whole)) == stem + 23 * layer == 290_581_504  # no post-norm: ln_vision stands there
+        assert count(whole) == stem + 24 * layer + norm(width) == stated(303_179_776)  # the published tower
+        # no post-norm: ln_vision stands there
+        assert count(ImageEncoder(whole)) == stem + 23 * layer == stated(290_581_504)
         assert count(ImageEncoder.from_config(**CLIP_VIT_L_14)) == 290_581_504
 
 
@@ -75,13 +86,25 @@ def test_qformer_is_bert_base_with_queries_and_cross_attention(frequency, expect
     total = queries * width + embeddings + layers + norm(image_width) + head
     with torch.device("meta"):
         qformer = QFormer(QFormerConfig(**(QFORMER_BASE | {"cross_attention_freq": frequency})))
-    assert count(qformer) == total == expected
+    assert count(qformer) == total == stated(expected)
+
+
+def test_the_full_size_configuration_has_these_sizes():
+    settings = OmegaConf.load(ROOT / "configs" / "model" / "sd15.yaml")
+    sizes = {name: value for name, value in settings.qformer.items() if name not in ("init", "dropout")}
+    # the vocabulary is the tokenizer's, the image width the tower's
+    assert sizes == {name: QFORMER_BASE[name] for name in sizes}
+    assert set(QFORMER_BASE) - set(sizes) == {"vocab_size", "image_width"}
+    assert QFORMER_BASE["image_width"] == CLIP_VIT_L_14["hidden_size"]
+    assert (settings.embed_dim, settings.skip_last_layers) == (256, 1)
+    assert "clip-vit-large-patch14" in settings.clip
+    assert "stable-diffusion-v1-5" in settings.stable_diffusion
 
 
 def test_heads_and_projection():
     with torch.device("meta"):
-        assert count(AlignmentHeads(768, 256)) == 2 * linear(768, 256) + linear(768, 2) + 1 == 395_267
-        assert count(SubjectProjection(768)) == linear(768, 3072) + linear(3072, 768) + norm(768) == 4_723_968
+        assert count(AlignmentHeads(768, 256)) == 2 * linear(768, 256) + linear(768, 2) + 1 == stated(395_267)
+        assert count(SubjectProjection(768)) == linear(768, 3072) + linear(3072, 768) + norm(768) == stated(4_723_968)
 
 
 def available_memory() -> int:

@@ -5,6 +5,7 @@ What can be loaded can be exported, so this also converts LAVIS's checkpoints to
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ def export(source: str | Path, format: str, to: str | Path, *, dtype: torch.dtyp
     if format == "diffusers":
         if not is_complete:
             raise ValueError(f"{found}: is a model of stage 1, which diffusers has no pipeline for; use format=lavis")
+        if parts.subject_embeds is not None:
+            warnings.warn(
+                f"{found}: its fine-tuned subject embeddings have no place in diffusers' layout and are left out; "
+                "format=lavis keeps them"
+            )
         with replace_folder(to) as new:
             diffusers_layout.save(new, parts, dtype=dtype)
     elif is_complete:

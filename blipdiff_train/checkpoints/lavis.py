@@ -267,9 +267,7 @@ def load_folder(
     bert_tokenizer: str | Path | None = None,
     sizes: Sizes | None = None,
 ) -> ModelParts:
-    """A LAVIS BLIP-Diffusion folder as parts, in fp32.
-
-    A fine-tuned folder's cached subject embeddings (1 Q D) are read by :func:`read_subject_cache`.
+    """A LAVIS BLIP-Diffusion folder as parts, in fp32, with the cached subject embeddings of a fine-tuned one.
 
     Args:
         stable_diffusion: folder or hub id that gives what the folder lacks: the configurations of UNet, VAE and text
@@ -320,6 +318,12 @@ def load_folder(
         qformer_tokenizer = load_bert_tokenizer(bert_tokenizer or diffusers_layout.DEFAULT_BERT)
     clip_tokenizer = load_clip_tokenizer(folder if has_tokenizer else stable_diffusion, subfolder="tokenizer")
     scheduler = diffusers_layout.load_scheduler(folder if has_scheduler else stable_diffusion)
+    cache = read_subject_cache(folder)
+    if cache is not None and cache.shape[1:] != (config.num_query_tokens, config.hidden_size):
+        raise ValueError(
+            f"{folder / CACHE_FILE}: has shape {tuple(cache.shape)}, expected "
+            f"{(1, config.num_query_tokens, config.hidden_size)} as the Q-Former beside it makes"
+        )
     return ModelParts(
         image_encoder=tower,
         qformer=weights.qformer,
@@ -330,6 +334,7 @@ def load_folder(
         denoiser=Denoiser(vae, unet, scheduler),
         image_size=tower.image_size,
         metadata={"subject_position": 2},
+        subject_embeds=None if cache is None else cache[0],
     )
 
 
@@ -349,7 +354,7 @@ def read_subject_cache(folder: str | Path) -> Tensor | None:
     return value.detach().float()
 
 
-def save_folder(folder: str | Path, parts: ModelParts, *, subject_cache: Tensor | None = None) -> None:
+def save_folder(folder: str | Path, parts: ModelParts) -> None:
     """Write a BLIP-Diffusion as LAVIS's ``load_checkpoint_from_dir`` reads it, into ``folder`` (which should be new).
 
     Raises:
@@ -377,8 +382,8 @@ def save_folder(folder: str | Path, parts: ModelParts, *, subject_cache: Tensor 
     save_clip_tokenizer(parts.text_encoder.tokenizer, folder / "tokenizer")
     save_bert_tokenizer(parts.qformer_tokenizer, folder / "qformer_tokenizer")
     diffusers_layout.save_scheduler(folder / "scheduler", parts.denoiser)
-    if subject_cache is not None:
-        _save_pickle(folder / CACHE_FILE, subject_cache)
+    if parts.subject_embeds is not None:
+        _save_pickle(folder / CACHE_FILE, parts.subject_embeds[None])
 
 
 def _save_pickle(file: Path, value: Any) -> None:

@@ -194,7 +194,8 @@ class SubjectPipeline:
 
         Args:
             subject_images: for one subject (``subject_text`` a string): a picture or several, PIL or (3 S S)
-                CLIP-normalised tensors. For several subjects: one entry each, itself a picture or several.
+                CLIP-normalised tensors. For several subjects: one entry each, itself a picture or several. None: the
+                subject that the model was fine-tuned to.
             subject_text: category of the pictured subject, read by the Q-Former.
             prompt: the rest of the sentence ("on the beach"). One subject may have many prompts, and many
                 subjects one prompt; otherwise there are as many of one as of the other.
@@ -245,6 +246,10 @@ class SubjectPipeline:
             embeds = None
         else:
             texts = [rules.text(target, bare, repetitions=reps) for target, bare in zip(targets, prompts, strict=True)]
+            if subject_embeds is None and subject_images is None:
+                subject_embeds = self.parts.subject_embeds
+                if subject_embeds is None:
+                    raise ValueError("give subject_images: this model was not fine-tuned to one subject")
             if subject_embeds is None:
                 entries = [subject_images] if one_subject else list(subject_images)
                 if len(entries) != len(subjects):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from blipdiff_train.models.alignment import AlignmentHeads
@@ -31,6 +32,7 @@ class ModelParts:
         image_mean, image_std: per channel, applied to images in [0, 1].
         image_size: side in pixels of the square image that the image tower reads.
         metadata: plain data that travels with the folder (provenance, template, step).
+        subject_embeds: (Q D) of the one subject that a fine-tuned model was made for.
     """
 
     image_encoder: ImageEncoder
@@ -44,6 +46,7 @@ class ModelParts:
     image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
     image_std: tuple[float, float, float] = CLIP_IMAGE_STD
     metadata: dict[str, Any] = field(default_factory=dict)
+    subject_embeds: Tensor | None = None
 
     def require(self, *names: str, purpose: str) -> None:
         """Raise unless every named part is there.

@@ -4,7 +4,8 @@ Sources: paper section 3.2; LAVIS ``modeling_ctx_clip.py`` and diffusers 0.32.2
 ``pipelines/blip_diffusion/modeling_ctx_clip.py`` (``ContextCLIPTextModel``). The token embeddings are cut at
 ``subject_position``, the subject embeddings go in between, and only then the position embeddings 0 … n+Q−1
 and a causal mask over all n+Q positions are applied. There is no padding mask: pads are EOS tokens and later
-positions attend to them. The result is the last hidden state after ``final_layer_norm``.
+positions attend to them. The result is the last hidden state after ``final_layer_norm``, whose eps is 1e-5 in both
+references, whatever the configuration says of the other norms.
 
 Deliberate differences, none of which changes a reference number:
 

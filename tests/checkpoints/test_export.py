@@ -46,6 +46,17 @@ def test_lavis_opens_again(run, tmp_path):
     same_parts(expected, again)
 
 
+def test_a_fine_tuned_subject_travels_in_lavis_and_its_loss_is_said(run, tmp_path, recwarn):
+    parts = load_model_folder(run / "model")
+    parts.subject_embeds = torch.randn(parts.qformer.config.num_query_tokens, parts.qformer.config.hidden_size)
+    lavis.save_folder(tmp_path / "tuned", parts)
+    again = lavis.load_folder(export(tmp_path / "tuned", "lavis", tmp_path / "out"))
+    assert torch.equal(again.subject_embeds, parts.subject_embeds)
+    assert not [w for w in recwarn if "subject embeddings" in str(w.message)]
+    with pytest.warns(UserWarning, match="tuned: its fine-tuned subject embeddings have no place in diffusers' layout"):
+        export(tmp_path / "tuned", "diffusers", tmp_path / "there")
+
+
 def test_stage_1_is_one_file_in_lavis(stage1, tmp_path):  # noqa: F811
     save_model_folder(tmp_path / "model", stage1)
     with pytest.raises(ValueError, match=r"ending in \.pth"):

@@ -180,19 +180,27 @@ def complete():
 
 
 def test_a_folder_of_ours_out_and_in_is_bit_exact(tmp_path, complete):
-    cache = torch.randn(1, 4, 32)
-    lavis.save_folder(tmp_path / "a", complete, subject_cache=cache)
+    width, num_queries = complete.qformer.config.hidden_size, complete.qformer.config.num_query_tokens
+    complete.subject_embeds = torch.randn(num_queries, width)
+    lavis.save_folder(tmp_path / "a", complete)
+    assert torch.equal(lavis.read_subject_cache(tmp_path / "a"), complete.subject_embeds[None])
     parts = lavis.load_folder(tmp_path / "a")
+    assert torch.equal(parts.subject_embeds, complete.subject_embeds)
     for name in ("image_encoder", "qformer", "alignment_heads", "projection", "text_encoder", "denoiser"):
         same(getattr(parts, name).state_dict(), getattr(complete, name).state_dict())
     assert parts.qformer.config == layout.QFormerConfig(**{**vars(complete.qformer.config), "dropout": 0.1})
-    assert torch.equal(lavis.read_subject_cache(tmp_path / "a"), cache)
     lavis.save_folder(tmp_path / "b", parts)
+    parts.subject_embeds = None
+    lavis.save_folder(tmp_path / "c", parts)
     for name in ("blip_model/blip_weight.pt", "proj_layer/proj_weight.pt", "text_encoder/pytorch_model.bin"):
         same(*(torch.load(tmp_path / folder / name, weights_only=True) for folder in "ab"))
     for name in ("unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"):
         same(*(torch.load(tmp_path / folder / name, weights_only=True) for folder in "ab"))
-    assert lavis.read_subject_cache(tmp_path / "b") is None
+    assert torch.equal(lavis.read_subject_cache(tmp_path / "b"), complete.subject_embeds[None])
+    assert lavis.read_subject_cache(tmp_path / "c") is None
+    torch.save(torch.zeros(1, num_queries + 1, width), tmp_path / "b" / lavis.CACHE_FILE)
+    with pytest.raises(ValueError, match=r"ctx_embeddings_cache\.pt: has shape \(1, \d+, \d+\), expected \(1, "):
+        lavis.load_folder(tmp_path / "b")
 
 
 def test_a_folder_as_lavis_has_it_takes_the_rest_from_stable_diffusion(tmp_path, complete, goldens):

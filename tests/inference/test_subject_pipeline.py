@@ -78,6 +78,18 @@ def test_several_photographs_are_averaged_after_the_projection(pipeline: Subject
     assert not same(pictures, pipeline.generate(photo(0), "dog", "in the snow", **FAST))
 
 
+def test_a_fine_tuned_model_knows_its_subject(pipeline: SubjectPipeline, monkeypatch) -> None:
+    embeds = pipeline.embed_subject(photo(3), "dog")
+    expected = pipeline.generate(photo(3), "dog", "in the snow", **FAST)
+    monkeypatch.setattr(pipeline.parts, "subject_embeds", embeds)
+    assert same(expected, pipeline.generate(None, "dog", "in the snow", **FAST))
+    other = pipeline.generate(photo(4), "dog", "in the snow", **FAST)  # a picture says otherwise
+    assert not same(expected, other)
+    monkeypatch.setattr(pipeline.parts, "subject_embeds", None)
+    with pytest.raises(ValueError, match="give subject_images: this model was not fine-tuned"):
+        pipeline.generate(None, "dog", "in the snow", **FAST)
+
+
 def test_without_the_subject_the_photograph_is_not_needed(pipeline: SubjectPipeline) -> None:
     dropped = pipeline.generate(None, "dog", "in the snow", drop_subject=True, **FAST)
     assert same(dropped, pipeline.generate(photo(3), "dog", "in the snow", drop_subject=True, **FAST))

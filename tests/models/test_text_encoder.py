@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tiny_models import NUM_QUERIES, TEXT_LENGTH, WIDTH, tiny_text_encoder
 
+from blipdiff_train.models.presets import build_text_model
 from blipdiff_train.models.text_encoder import AT_END, TextEncoder
 
 PROMPTS = ["a dog swimming underwater", "a cat", "a teapot on a marble table, a teapot on a marble table"]
@@ -127,3 +130,75 @@ def test_wrong_sizes_are_refused(encoder: TextEncoder) -> None:
         encoder(PROMPTS, embeds(3), subject_position=[2, 2])
     with pytest.raises(ValueError, match="subject position 9 lies outside its 4 token ids"):
         encoder.encode([[0, 1, 2, 3]], embeds(1), 9)
+
+
+def plainly(encoder: TextEncoder, ids: list[int], subject: torch.Tensor | None, position: int) -> torch.Tensor:
+    """The reference's rules for one row, one head at a time, in float64."""
+    weights = {name: tensor.double() for name, tensor in encoder.model.state_dict().items()}
+    config = encoder.model.config
+
+    def linear(name: str, states: torch.Tensor) -> torch.Tensor:
+        return states @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name: str, states: torch.Tensor, eps: float) -> torch.Tensor:
+        centred = states - states.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def activation(states: torch.Tensor) -> torch.Tensor:
+        if config.hidden_act == "quick_gelu":
+            return states * torch.sigmoid(1.702 * states)
+        return states * 0.5 * (1 + torch.erf(states / 2**0.5))
+
+    states = weights["embeddings.token_embedding.weight"][ids]
+    if subject is not None:
+        states = torch.cat([states[:position], subject.double(), states[position:]])
+    states = states + weights["embeddings.position_embedding.weight"][: len(states)]
+    size = config.hidden_size // config.num_attention_heads
+    future = torch.ones(len(states), len(states), dtype=torch.bool).triu(1)
+    for index in range(config.num_hidden_layers):
+        layer = f"encoder.layers.{index}"
+        normed = norm(f"{layer}.layer_norm1", states, config.layer_norm_eps)
+        query, key, value = (linear(f"{layer}.self_attn.{name}_proj", normed) for name in "qkv")
+        heads = []
+        for head in range(config.num_attention_heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = (query[:, part] @ key[:, part].T / size**0.5).masked_fill(future, -torch.inf)
+            heads.append(scores.softmax(1) @ value[:, part])
+        states = states + linear(f"{layer}.self_attn.out_proj", torch.cat(heads, 1))
+        inner = activation(linear(f"{layer}.mlp.fc1", norm(f"{layer}.layer_norm2", states, config.layer_norm_eps)))
+        states = states + linear(f"{layer}.mlp.fc2", inner)
+    return norm("final_layer_norm", states, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_sizes_agree_with_a_plain_writing(encoder: TextEncoder, seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    num_heads, length, num_queries = draw.randint(1, 4), draw.randint(12, 40), draw.randint(1, 7)
+    model = build_text_model(
+        {
+            "vocab_size": len(encoder.tokenizer),
+            "hidden_size": num_heads * draw.choice([3, 5, 8]),
+            "intermediate_size": draw.randint(5, 40),
+            "num_hidden_layers": draw.randint(1, 3),
+            "num_attention_heads": num_heads,
+            "max_position_embeddings": length,
+            "hidden_act": draw.choice(["quick_gelu", "gelu"]),
+            "layer_norm_eps": draw.choice([1e-6, 1e-5, 1e-2]),
+        }
+    )
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    other = TextEncoder(model, encoder.tokenizer).eval()
+    prompts = draw.sample(PROMPTS, k=draw.randint(1, 3))
+    subjects = torch.randn(len(prompts), num_queries, other.width)
+    dropped = torch.tensor([draw.random() < 0.3 for _ in prompts])
+    positions = [draw.randint(1, 3) for _ in prompts]
+    with torch.no_grad():
+        found = other(prompts, subjects, dropped, positions)
+    for row, prompt in enumerate(prompts):
+        room = length if dropped[row] else length - num_queries
+        ids, _ = other.tokenize([prompt], [room])
+        expected = plainly(other, ids[0], None if dropped[row] else subjects[row], positions[row])
+        torch.testing.assert_close(found[row].double(), expected, rtol=2e-5, atol=2e-5)
