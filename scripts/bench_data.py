@@ -135,15 +135,19 @@ def bench_stage2(folder: Path, *, num_samples: int, rounds: int, batch_size: int
         target_size=512,
     )
     dataset = module.train_dataset()
-    backgrounds = ShardSet(str(folder / "backgrounds"))
+    backgrounds = dataset.transform.backgrounds
+    read, drawn = backgrounds.read, []
+    backgrounds.read = lambda index, suffixes: drawn.append(index) or read(index, suffixes)
     files: dict[int, list[bytes]] = {}
     for position in range(num_samples):
         record = dataset.shard_sets[0].read(dataset.order(position).index)
         files[position] = [
             data for suffix, data in record.items() if suffix in (*PHOTO_SUFFIXES, "fg.jpg", "alpha.png")
         ]
-        drawn = int(numpy_generator(0, "background", position).integers(len(backgrounds)))
-        files[position] += [data for suffix, data in backgrounds.read(drawn).items() if suffix in PHOTO_SUFFIXES]
+        drawn.clear()
+        _ = dataset[position]
+        files[position] += [data for suffix, data in read(drawn[-1]).items() if suffix in PHOTO_SUFFIXES]
+    backgrounds.read = read
 
     def batch(chunk: int) -> None:
         positions = range(chunk * batch_size, (chunk + 1) * batch_size)

@@ -14,6 +14,7 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,8 +49,7 @@ class ShardError(ValueError):
     """A shard that cannot be used as it is; the message names it, the place and what to do."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file of a sample: payload at ``offset`` with ``size`` bytes; the CRCs guard header and (if known) payload."""
 
     suffix: str

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from blipdiff_train.common.images import FORMATS, MAX_PIXELS
+from blipdiff_train.common.images import FORMATS, MAX_PIXELS, Header, plain_header
 from blipdiff_train.common.rng import numpy_generator
 from blipdiff_train.context import composite
 from blipdiff_train.data.samples import Stage1Sample, Stage2Sample
@@ -91,13 +91,19 @@ def _decode(
     data: bytes, mode: str, name: str, max_pixels: int, shrink_to: int | None
 ) -> tuple[np.ndarray, tuple[int, int]]:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
+        header, as_stored, image = plain_header(data), True, None
+        if header is None:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            header = Header(image.format, image.mode, *image.size)
+            turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+            as_stored = header.format in ("JPEG", "PNG") and "transparency" not in image.info and not turned
+        width, height = header.width, header.height
         if width * height > max_pixels:
             raise SampleError("image too large", f"{name}: {width}×{height} pixels, limit {max_pixels} in all")
-        fast = _decode_plain(data, image, mode, shrink_to)
-        if fast is not None:
-            return fast, (height, width)
+        # grey from colours is left to Pillow: the two libraries weigh the channels differently
+        if as_stored and (header.mode == mode or (header.mode, mode) == ("L", "RGB")):
+            return _decode_opencv(data, header, mode, shrink_to), (height, width)
+        image = image or Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             if image.getexif()[_EXIF_ORIENTATION] in (5, 6, 7, 8):
@@ -120,24 +126,18 @@ def _decode(
         raise SampleError("undecodable image", f"{name}: cannot be decoded: {error}") from error
 
 
-def _decode_plain(data: bytes, image: Image.Image, mode: str, shrink_to: int | None) -> np.ndarray | None:
-    """Plain JPEGs and 8-bit PNGs through OpenCV: the bytes Pillow gives, without its detour over four channels.
-
-    ``image`` is opened, not loaded. None means that Pillow must decode: EXIF turns, palettes, transparency, WebP, CMYK.
-    """
-    if image.format not in ("JPEG", "PNG") or image.mode not in ("RGB", "L") or "transparency" in image.info:
-        return None
-    if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        return None
-    if mode == "L" and image.mode != "L":
-        return None  # the two libraries weigh the colours differently
-    flags = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR_RGB
-    if shrink_to is not None and image.format == "JPEG" and mode == "RGB":
-        fitting = (reduced for factor, reduced in _REDUCED if min(image.size) >= factor * shrink_to)
-        flags |= next(fitting, 0)
+def _decode_opencv(data: bytes, header: Header, mode: str, shrink_to: int | None) -> np.ndarray:
+    """JPEGs and 8-bit PNGs as they are stored: the bytes Pillow gives, without its detour over four channels."""
+    flags, factor = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR_RGB, 1
+    if shrink_to is not None and header.format == "JPEG" and mode == "RGB":
+        shorter = min(header.width, header.height)
+        factor, reduced = next((pair for pair in _REDUCED if shorter >= pair[0] * shrink_to), (1, 0))
+        flags |= reduced
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
         raise OSError("truncated or corrupt")
+    if pixels.shape[:2] != (-(-header.height // factor), -(-header.width // factor)):
+        raise OSError(f"its pixels are {pixels.shape[:2]}, its header says {header.height, header.width}")
     return pixels
 
 
@@ -378,14 +378,17 @@ class Stage2Transform:
         else:
             target_image = self._target(photo, position)
 
+        # the one generator for all that the subject needs: making one costs as much as a resize
+        generator = numpy_generator(self.seed, "subject", position)
+        dropped = generator.random() < self.drop_subject_probability
+        colours = foreground if has_foreground else photo
         return Stage2Sample(
-            subject_image=self._subject_image(foreground if has_foreground else photo, alpha_matte, position),
+            subject_image=self._subject_image(colours, alpha_matte, position, generator),
             target_image=target_image,
             latent_moments=latent_moments,
             subject_text=subject_text,
             prompt=prompt,
-            subject_dropped=self.train
-            and bool(numpy_generator(self.seed, "drop_subject", position).random() < self.drop_subject_probability),
+            subject_dropped=bool(self.train and dropped),
             caption=caption,
             key=str(record["__key__"]),
             position=position,
@@ -408,26 +411,29 @@ class Stage2Transform:
         crop = numpy_generator(self.seed, "target_crop", position) if random_crop else None
         return resize_and_crop(photo, self.target_size, crop)
 
-    def _subject_image(self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int) -> np.ndarray:
+    def _subject_image(
+        self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int, generator: np.random.Generator
+    ) -> np.ndarray:
         if alpha_matte.shape != foreground.shape[:2]:  # the photograph was decoded at a fraction
             alpha_matte = cv2.resize(alpha_matte, foreground.shape[1::-1], interpolation=cv2.INTER_AREA)
         blended, _ = composite.blend_on_background(
             foreground,
             alpha_matte,
-            self._background(position),
+            self._background(position, generator),
             size_px=self.target_size,
-            generator=numpy_generator(self.seed, "placement", position),
+            generator=generator,
             scale=self.subject_scale,
             flip_probability=self.flip_probability,
         )
         return resize(blended, self.image_size, self.image_size)
 
-    def _background(self, position: int) -> np.ndarray:
-        """A photograph, or a drawn background when there are none or eight in a row are bad."""
-        generator = numpy_generator(self.seed, "background", position)
+    def _background(self, position: int, generator: np.random.Generator) -> np.ndarray:
+        """A photograph, or a drawn background when there are none or eight in a row are bad.
+
+        ``generator`` gives the same count of numbers whatever is bad, so that the placement drawn next stays.
+        """
         if self.backgrounds is not None:
-            for _ in range(_BACKGROUND_DRAWS):
-                index = int(generator.integers(len(self.backgrounds)))
+            for index in generator.integers(len(self.backgrounds), size=_BACKGROUND_DRAWS).tolist():
                 try:
                     record = self.backgrounds.read(index, PHOTO_SUFFIXES)
                     return decode_photo(record, max_pixels=self.max_pixels, shrink_to=self.target_size)[0]
@@ -435,7 +441,7 @@ class Stage2Transform:
                     if self.report is not None:
                         shard, _ = self.backgrounds.locate(index)
                         self.report(error, self.backgrounds.shards[shard].name, self.backgrounds.key(index))
-        return drawn_background(self.target_size, generator)
+        return drawn_background(self.target_size, numpy_generator(self.seed, "background", position))
 
 
 def _check_size(record: Record, alpha_matte: np.ndarray, size: tuple[int, int]) -> None:

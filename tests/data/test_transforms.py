@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from shard_makers import annotated, disc, picture
 
+from blipdiff_train.common.images import plain_header
 from blipdiff_train.data import transforms
 from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, TARGET, Normalisation
 from blipdiff_train.data.samples import stage2_record
@@ -84,6 +85,7 @@ def test_turned_grey_palette_and_transparent_photographs():
 
 def test_large_jpegs_are_decoded_at_a_fraction_but_never_below_what_is_needed():
     data = encode(picture(5, 400, 600), "JPEG")
+    assert decode_photo(record(jpg=encode(picture(5, 401, 607), "JPEG")), shrink_to=100)[0].shape == (101, 152, 3)
     for shrink_to, rows in ((400, 400), (201, 400), (200, 200), (100, 100), (50, 50), (10, 50), (None, 400)):
         decoded, size = decode_photo(record(jpg=data), shrink_to=shrink_to)
         assert decoded.shape[0] == rows
@@ -98,14 +100,44 @@ def test_an_image_bomb_is_refused_by_its_header():
     bomb = (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
-    with pytest.raises(SampleError, match="2500000000 pixels") as error:
+    with pytest.raises(SampleError, match="50000×50000 pixels, limit") as error:
         decode_photo(record(png=bomb))
     assert error.value.cause == "image too large"
-    with pytest.raises(SampleError, match="2500000000 pixels"):
+    with pytest.raises(SampleError, match="50000×50000 pixels, limit"):
         transforms.decode_alpha(record(alpha_png=bomb))
     with pytest.raises(SampleError, match="64×48 pixels, limit 3000") as error:
         decode_photo(record(png=encode(picture(5), "PNG")), max_pixels=3000)
     assert error.value.cause == "image too large"
+
+
+def test_plain_headers_are_what_pillow_reads_and_the_rest_is_left_to_it():
+    def file(mode, kind, **options):
+        buffer = io.BytesIO()
+        Image.fromarray(picture(5, 37, 53)).convert(mode).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = [file(mode, kind) for mode in ("L", "RGB") for kind in ("JPEG", "PNG")]
+    plain += [file("RGB", "JPEG", progressive=True, comment=b"c", icc_profile=b"p" * 70_000, dpi=(72, 72))]
+    plain += [cv2.imencode(suffix, picture(5, 37, 53))[1].tobytes() for suffix in (".jpg", ".png")]
+    for data in plain:
+        image = Image.open(io.BytesIO(data))
+        assert plain_header(data) == (image.format, image.mode, 53, 37)
+    others = [file(mode, "PNG") for mode in ("P", "RGBA", "LA", "1", "I;16")] + [file("CMYK", "JPEG")]
+    others += [file("RGB", "PNG", transparency=(1, 2, 3)), file("RGB", "WEBP")]
+    others += [file("RGB", kind, exif=exif.tobytes()) for kind in ("JPEG", "PNG")]
+    others += [b"", b"\xff\xd8", plain[1][:30], plain[0][:25], b"\xff\xd8" + plain[0], b"GIF89a" + bytes(40)]
+    assert [plain_header(data) for data in others] == [None] * len(others)
+
+
+def test_a_header_that_lies_about_the_pixels_is_a_typed_error():
+    data = encode(picture(5, 300, 400), "JPEG")
+    frame = data.index(b"\xff\xc0")
+    small = data[frame : frame + 5] + (8).to_bytes(2, "big") * 2 + data[frame + 9 : frame + 19]
+    with pytest.raises(SampleError, match="cannot be decoded") as error:
+        decode_photo(record(jpg=data[:frame] + small + data[frame:]), max_pixels=1000)
+    assert error.value.cause == "undecodable image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
