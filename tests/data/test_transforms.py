@@ -18,8 +18,8 @@ from shard_makers import annotated, disc, picture
 from blipdiff_train.common.images import plain_header
 from blipdiff_train.data import transforms
 from blipdiff_train.data.pixels import CLIP_MEAN, CLIP_STD, TARGET, Normalisation
-from blipdiff_train.data.samples import stage2_record
-from blipdiff_train.data.shards import SampleError
+from blipdiff_train.data.samples import background_record, stage2_record
+from blipdiff_train.data.shards import SampleError, ShardSet, write_shards
 from blipdiff_train.data.transforms import Stage1Transform, Stage2Transform, decode_photo
 
 
@@ -222,6 +222,28 @@ def test_stage2_puts_the_subject_on_another_background_and_keeps_the_target():
     assert (np.abs(pixels - (200, 10, 10)).max(1) <= 40).mean() < 0.05
     assert np.array_equal(transform(sample, 5).subject_image, result.subject_image)
     assert not np.array_equal(transform(sample, 6).subject_image, result.subject_image)
+
+
+def test_a_bad_background_changes_nothing_but_the_background(tmp_path):
+    """All backgrounds are of one colour, so that nothing may change."""
+    grey = encode(np.full((40, 50, 3), 90, np.uint8), "PNG")
+    for name, bad in (("good", ()), ("bad", (0, 2))):
+        files = [grey[:60] if number in bad else grey for number in range(4)]
+        write_shards((background_record(f"b{n}", data) for n, data in enumerate(files)), tmp_path / name)
+    told = []
+    good, bad = (
+        Stage2Transform(
+            image_size=32,
+            target_size=40,
+            seed=3,
+            backgrounds=ShardSet(str(tmp_path / name)),
+            report=lambda error, shard, key: told.append(key),
+        )
+        for name in ("good", "bad")
+    )
+    for position in range(12):
+        assert np.array_equal(good(annotated(1), position).subject_image, bad(annotated(1), position).subject_image)
+    assert set(told) == {"b0", "b2"}
 
 
 def test_stage1_crops_at_random_in_training_and_in_the_middle_in_validation():
