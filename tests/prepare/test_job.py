@@ -27,9 +27,13 @@ def bytes_of(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in names}
 
 
-def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photographs, tmp_path):
+def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photographs, tmp_path, capsys):
     output = tmp_path / "shards"
-    summary = run(input=str(photographs), output=str(output), **SMALL)
+    summary = run(input=str(photographs), output=str(output), **SMALL | {"progress": True})
+    bar = capsys.readouterr().err
+    assert "prepare: 100%" in bar
+    assert "18/18 [" in bar
+    assert "photographs/s" in bar or "s/ photographs" in bar
     causes = {"unreadable": 2, "too_few_pixels": 1, "blurred": 1, "duplicate": 1, "no_category": 1}
     assert summary.rejected == causes
     assert (summary.num_photographs, summary.num_samples) == (18, 12)
@@ -64,8 +68,31 @@ def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photograp
         if facts["source"] == "cup/turned.jpg":
             assert image.shape == (128, 64, 3)
     report = (output / "report.html").read_text()
-    assert report.count("data:image/jpeg;base64,") >= 24
-    assert "too_few_pixels: 1" in report
+    # photograph, matte and composite of 12 samples, and the four rejected photographs that can be read
+    assert report.count("data:image/jpeg;base64,") == 3 * 12 + 4
+    for words in ("too_few_pixels: 1", "area of the matte: median", "unknown share: median", "ms a photograph"):
+        assert words in report
+    assert "http" not in report.replace("http-equiv", "")
+    for threshold in ("border_contact", "foreground_threshold", "duplicate_distance"):
+        assert f"&quot;{threshold}&quot;" in report
+
+
+def test_a_photograph_that_the_numerics_cannot_bear_is_a_rejection_and_not_the_end(photographs, tmp_path, monkeypatch):
+    from blipdiff_train.context import generator
+
+    whole = generator.estimate_alpha
+
+    def fails_on_the_turned_one(image, trimap, **keywords):
+        if image.shape == (128, 64, 3):
+            raise np.linalg.LinAlgError("no convergence")
+        return whole(image, trimap, **keywords)
+
+    monkeypatch.setattr(generator, "estimate_alpha", fails_on_the_turned_one)
+    summary = run(input=str(photographs), output=str(tmp_path / "o"), **SMALL)
+    assert summary.rejected["matting_failed"] == 1
+    assert summary.num_samples == 11
+    listed = (tmp_path / "o/rejected.jsonl").read_text()
+    assert "LinAlgError: no convergence; drop the sample" in listed
 
 
 def test_one_or_two_processes_give_the_same_bytes_and_a_second_run_does_nothing(photographs, tmp_path):
