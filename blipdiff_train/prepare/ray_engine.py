@@ -5,6 +5,7 @@ Each node needs this package and the folders of the input and the output under t
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,8 +35,10 @@ class Cluster:
         self._connected = not ray.is_initialized()
         if self._connected:
             try:
+                if address is not None:
+                    _knock(address)
                 ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 where = f"at ray_address={address}" if address else "on this machine or in RAY_ADDRESS"
                 raise ValueError(
                     f"engine=ray: no cluster {where} ({str(error).splitlines()[0]}); start one with `ray start --head`,"
@@ -101,6 +104,19 @@ class Cluster:
             raise RuntimeError(
                 f"engine=ray: {error}. What is finished is kept: run the same command again to resume"
             ) from error
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes to reach a head that is not there.
+
+    Raises:
+        OSError: nothing listens at ``address``.
+        ValueError: it is not host:port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("expected host:port")
+    socket.create_connection((host, int(port)), timeout=30).close()
 
 
 # ---- what runs in the cluster ----------------------------------------------------------------------------------------
