@@ -89,7 +89,7 @@ RULES = [
         makes="outputs/evaluation/metrics.json",
     ),
     Rule(r"python -m blipdiff_train export .* to=(\S+)", makes="{0}/model_index.json"),
-    Rule(r"python -m blipdiff_train doctor.*", more=f"{TOYBOX} {CPU}", says="global batch"),
+    Rule(r"python -m blipdiff_train doctor .*", more=f"{ONE_STEP} {CPU}", says="a run can start"),
 ]
 
 
