@@ -25,7 +25,7 @@ def main() -> int:
     output: Path = arguments.output
 
     started = time.monotonic()
-    common = [f"output_dir={output}/runs", f"data.toybox.folder={output}/toybox", "name=demo"]
+    common = [f"output_dir={output}/runs", f"data.toybox.folder={output}/toybox", "name=demo", *precision()]
     for stage, steps in ((1, arguments.stage1_steps), (2, arguments.stage2_steps)):
         length = [] if steps is None else [f"total_steps={steps}"]
         if not run(f"stage {stage}", ["train", f"stage={stage}", *common, *length]):
@@ -55,6 +55,15 @@ def main() -> int:
     print(f"Models:   {models[1]}, {models[2]}")
     print(f"Everything took {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
+
+
+def precision() -> list[str]:
+    """bf16 where the processor computes in it, which is nearly twice as fast; without that it would be far slower."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    in_bf16 = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return ["trainer.precision=bf16-mixed"] if in_bf16 else []
 
 
 def run(title: str, arguments: list[str]) -> bool:
