@@ -461,7 +461,14 @@ def module(config: TrainConfig, parts: ModelParts) -> Stage1Module | Stage2Modul
         )
     from blipdiff_train.stages.stage2 import Stage2Module
 
-    return Stage2Module(parts, template=config.subject.template, loss_weighting=config.loss.weighting, **common)
+    return Stage2Module(
+        parts,
+        template=config.subject.template,
+        loss_weighting=config.loss.weighting,
+        sampling_steps=config.sampling.steps,
+        guidance=config.sampling.guidance,
+        **common,
+    )
 
 
 # ---- loggers -------------------------------------------------------------------------------------------------------

@@ -205,6 +205,12 @@ class Stage2Subject:
 
 
 @dataclass(frozen=True)
+class Stage2Sampling:
+    steps: int = key("of the sampler", low=1)
+    guidance: float = key("classifier-free guidance; generate and evaluate use it too; 1: none", low=1.0)
+
+
+@dataclass(frozen=True)
 class Stage1Augmentation:
     min_crop_scale: float = key(
         "smallest share of the area that a random crop keeps; 1: no random crop", above=0.0, high=1.0
@@ -237,6 +243,7 @@ class Stage2Config(TrainConfig):
     augmentation: Stage2Augmentation = key("random changes of subject and target")
     subject: Stage2Subject = key("the subject in the prompt")
     loss: Stage2Loss = key("the noise-prediction loss")
+    sampling: Stage2Sampling = key("the pictures drawn during training")
 
 
 # ---- the other commands --------------------------------------------------------------------------------------------
@@ -373,7 +380,7 @@ class GenerateConfig:
     output: str = key("folder for the pictures")
     num_images: int = key("pictures", low=1)
     steps: int = key("of the sampler", low=1)
-    guidance: float = key("classifier-free guidance; 1: none", low=1.0)
+    guidance: float | None = key("classifier-free guidance; 1: none; null: the model's own, else 7.5", low=1.0)
     scheduler: Literal["pndm", "ddim"] = key("the sampler")
     seed: int = key("picture j is a function of (seed, j)", low=0)
     template: Literal["release", "paper"] | None = key("null: the one the model was trained with")
@@ -401,7 +408,7 @@ class EvaluatePairs:
 class EvaluateSubjects:
     count: int = key("held-out subjects", low=2)
     steps: int = key("of the sampler", low=1)
-    guidance: float = key("classifier-free guidance", low=1.0)
+    guidance: float | None = key("classifier-free guidance; null: the model's own, else 7.5", low=1.0)
     batch_size: int = key("pictures sampled together", low=1)
     pictures: int = key("subjects on the contact sheet", low=1)
 

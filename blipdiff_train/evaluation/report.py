@@ -42,7 +42,7 @@ def run(
     pairs_batch_size: int = 64,
     subjects: int = 64,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
     pictures: int = 12,
@@ -57,7 +57,7 @@ def run(
         pairs: held-out image–caption pairs for a model with stage 1's heads.
         pairs_batch_size: pairs that compete for a hard negative.
         subjects: held-out identities for a complete model.
-        steps, guidance, batch_size: of the sampler.
+        steps, guidance, batch_size: of the sampler; no guidance: the model's own.
         seed: of cases, negatives and noise.
         pictures: identities on the contact sheet.
 
@@ -75,8 +75,10 @@ def run(
             parts, count=pairs, batch_size=pairs_batch_size, seed=seed, device=device
         )
     if parts.denoiser is not None:
+        pipeline = SubjectPipeline(parts).to(device)
+        guidance = pipeline.guidance if guidance is None else guidance
         report = evaluate_subjects(
-            SubjectPipeline(parts).to(device),
+            pipeline,
             ClipScorer.from_pretrained(clip).to(device),
             _segment_with(CLIPSegSegmenter(clipseg, device=device, batch_size=batch_size)),
             count=subjects,

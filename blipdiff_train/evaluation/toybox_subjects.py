@@ -105,7 +105,7 @@ def evaluate_subjects(
     *,
     count: int = 64,
     steps: int = 25,
-    guidance: float = 3.0,
+    guidance: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
 ) -> SubjectReport:
@@ -116,7 +116,7 @@ def evaluate_subjects(
         scorer: CLIP, for the scene.
         segment: images (H W 3 uint8) and category words to probabilities (H W).
         count: number of held-out identities.
-        steps, guidance: of the sampler.
+        steps, guidance: of the sampler; no guidance: the model's own.
         seed: of the cases and of the noise; the noise of a case is the same in all conditions.
     """
     cases = make_cases(count, seed=seed, size=pipeline.denoiser.default_size)
@@ -148,7 +148,7 @@ def _generate(
     cases: list[Case],
     condition: str,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     seed: int,
     batch_size: int,
 ) -> list[Image.Image]:

@@ -162,6 +162,11 @@ class SubjectPipeline:
             shape, [torch_generator(seed, "latents", number) for seed in seeds for number in range(num_images)]
         )
 
+    @property
+    def guidance(self) -> float:
+        """What the model was trained to be sampled with, by its metadata, else the references' 7.5."""
+        return self.parts.metadata.get("guidance", 7.5)
+
     @torch.no_grad()
     def generate(
         self,
@@ -172,7 +177,7 @@ class SubjectPipeline:
         target_subject: str | Sequence[str] | None = None,
         num_images: int = 1,
         steps: int = 50,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         seed: int | Sequence[int] = 0,
         template: str | None = None,
         prompt_strength: float = 1.0,
@@ -200,7 +205,8 @@ class SubjectPipeline:
             prompt: the rest of the sentence ("on the beach"). One subject may have many prompts, and many
                 subjects one prompt; otherwise there are as many of one as of the other.
             target_subject: category written into the prompt, where it differs from ``subject_text``.
-            steps, guidance, scheduler: see :meth:`~blipdiff_train.models.denoiser.Denoiser.sample`.
+            steps, scheduler: see :meth:`~blipdiff_train.models.denoiser.Denoiser.sample`.
+            guidance: classifier-free guidance, ≥ 1; None: :attr:`guidance`.
             seed: of all prompts, or one a prompt; picture j of a prompt is a function of (seed, j).
             template: ``release`` or ``paper``; None: what the model's metadata say, else ``release``.
             prompt_strength: times ``prompt_reps`` gives how often the sentence is repeated.
@@ -224,6 +230,7 @@ class SubjectPipeline:
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
         metadata = self.parts.metadata
+        guidance = self.guidance if guidance is None else guidance
         rules = get_template(metadata.get("template", "release") if template is None else template)
         reps = repetitions(prompt_strength, metadata.get("prompt_reps", 20) if prompt_reps is None else prompt_reps)
 

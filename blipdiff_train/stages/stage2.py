@@ -58,13 +58,15 @@ class Stage2Module(LightningModule):
         total_steps: optimizer steps of the whole run.
         lr, weight_decay, betas, eps, schedule, warmup_steps, warmup_lr, min_lr: see ``stages.optim``.
         seed: of all randomness in the step; 0 is a seed.
+        sampling_steps, guidance: of the pictures of :meth:`sample_grid`.
         loss_weighting: of the timesteps: ``constant`` (paper), or ``truncated_snr``, see ``losses.diffusion``.
         trainable: name patterns under ``qformer.``, ``projection.``, ``text_encoder.`` and ``unet.``, see
             ``models.freezing``. What no subject embedding depends on is left out by itself.
         ema_decay: of the averaged weights, see ``stages.callbacks.Averaging``; None keeps none.
         gradient_checkpointing: recompute activations of Q-Former, text encoder and UNet in the backward pass.
 
-    ``parts.metadata`` is told the template and that sentences are not repeated, so that generation does as training.
+    ``parts.metadata`` is told the template, the guidance and that sentences are not repeated, so that generation does
+    as training.
 
     Attributes:
         trainable_report: what trains and what does not.
@@ -90,6 +92,8 @@ class Stage2Module(LightningModule):
         warmup_lr: float = 0.0,
         min_lr: float = 0.0,
         loss_weighting: str = "constant",
+        sampling_steps: int = 50,
+        guidance: float = 7.5,
         trainable: Sequence[str] = PAPER_TRAINABLE,
         ema_decay: float | None = None,
         gradient_checkpointing: bool = False,
@@ -99,10 +103,11 @@ class Stage2Module(LightningModule):
         self.parts = parts
         self.template = get_template(template)
         # what generation has to repeat of the training: it travels with the model folder
-        parts.metadata.update(template=template, prompt_reps=1)
+        parts.metadata.update(template=template, prompt_reps=1, guidance=guidance)
         parts.metadata.pop("subject_position", None)  # of the folder the parts came from; the template says it now
         self.seed = seed
         self.loss_weighting = loss_weighting
+        self.sampling_steps, self.guidance = sampling_steps, guidance
         self.optimizer_settings = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         self.schedule_settings = {
             "schedule": schedule,
@@ -279,13 +284,12 @@ class Stage2Module(LightningModule):
 
     @torch.no_grad()
     def sample_grid(
-        self, batch: Stage2Batch, *, num: int = 4, steps: int = 25, guidance: float = 3.0, seed: int = 0
+        self, batch: Stage2Batch, *, num: int = 4, seed: int = 0
     ) -> Image.Image:
         """A picture with a row a sample: what conditions, the target, what is generated for the same sentence.
 
         Args:
             batch: its first ``num`` samples are drawn; a dropped subject is put back.
-            steps, guidance: of the PNDM sampler.
             seed: of the initial noise, which differs from row to row.
         """
         num = min(num, len(batch))
@@ -305,8 +309,8 @@ class Stage2Module(LightningModule):
                     latents.to(targets.device),
                     prompt_embeds,
                     self.text_encoder([""] * num),
-                    steps=steps,
-                    guidance=guidance,
+                    steps=self.sampling_steps,
+                    guidance=self.guidance,
                 )
             )
         mean, std = (

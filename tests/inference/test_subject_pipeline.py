@@ -111,6 +111,17 @@ def test_given_latents_replace_the_seed(pipeline: SubjectPipeline) -> None:
     assert torch.equal(given, pipeline.generate(photo(0), "dog", "in the snow", num_images=2, seed=4, **FAST))
 
 
+def test_guidance_is_the_models_own_unless_given(pipeline: SubjectPipeline) -> None:
+    settings = {**FAST, "guidance": None}
+    pipeline.parts.metadata["guidance"] = 3.0
+    own = pipeline.generate(photo(0), "dog", "on the beach", **settings)
+    pipeline.parts.metadata.pop("guidance")
+    assert torch.equal(own, pipeline.generate(photo(0), "dog", "on the beach", **{**FAST, "guidance": 3.0}))
+    references = pipeline.generate(photo(0), "dog", "on the beach", **settings)
+    assert not torch.equal(own, references)
+    assert torch.equal(references, pipeline.generate(photo(0), "dog", "on the beach", **{**FAST, "guidance": 7.5}))
+
+
 def test_negative_prompt_counts_with_guidance_only(pipeline: SubjectPipeline) -> None:
     guided = [pipeline.generate(photo(0), "dog", "in the snow", negative_prompt=n, **FAST) for n in ("", "blurry")]
     assert not same(*guided)

@@ -11,6 +11,7 @@ from tiny_models import TARGET_SIZE, tiny_batch, tiny_parts
 from torch.utils.data import DataLoader
 
 from blipdiff_train.data.samples import Stage2Batch
+from blipdiff_train.inference.pipeline import SubjectPipeline
 from blipdiff_train.models.denoiser import draw_timesteps
 from blipdiff_train.stages.callbacks import Averaging
 from blipdiff_train.stages.stage2 import Stage2Module
@@ -281,14 +282,24 @@ def test_accumulation_counts_optimizer_steps() -> None:
 
 
 def test_sample_grid() -> None:
-    module = build(ema_decay=0.9)
+    module = build(ema_decay=0.9, sampling_steps=2)
     batch = tiny_batch(3, subject_dropped=torch.tensor([True, False, False]))
-    grid = module.sample_grid(batch, num=2, steps=2)
+    grid = module.sample_grid(batch, num=2)
     assert grid.size[0] > 3 * 96
-    assert list(grid.getdata()) == list(module.sample_grid(batch, num=2, steps=2).getdata())
-    assert list(grid.getdata()) != list(module.sample_grid(batch, num=2, steps=2, seed=1).getdata())
+    assert list(grid.getdata()) == list(module.sample_grid(batch, num=2).getdata())
+    assert list(grid.getdata()) != list(module.sample_grid(batch, num=2, seed=1).getdata())
     assert module.unet.training  # the mode is put back
     assert not module.vae.training
     cached = replace(batch, latent_moments=module.denoiser.encode_moments(batch.target_image), target_image=None)
-    assert module.sample_grid(cached, num=8, steps=1).size[1] > grid.size[1]
+    assert module.sample_grid(cached, num=8).size[1] > grid.size[1]
     assert TARGET_SIZE == 32
+
+
+def test_what_it_is_sampled_with_travels_with_the_model() -> None:
+    module = build(sampling_steps=2, guidance=1.0)
+    plain, batch = module.sample_grid(tiny_batch(2)), tiny_batch(2)
+    module.guidance = 6.0
+    assert list(module.sample_grid(batch).getdata()) != list(plain.getdata())
+    assert SubjectPipeline(module.parts).guidance == 1.0
+    module.parts.metadata.pop("guidance")
+    assert SubjectPipeline(module.parts).guidance == 7.5  # LAVIS
