@@ -3,8 +3,12 @@
 Sources: LAVIS ``Blip2Base.load_from_pretrained``, ``BlipDiffusion.__init__`` (which renames ``text_model`` to
 ``Qformer``) and ``BlipDiffusion.load_checkpoint_from_dir``.
 
-Deliberate difference from LAVIS: nothing is loaded by hope (``strict=False``). What may be absent is the image tower,
-as a whole, because LAVIS does not save frozen weights.
+Deliberate differences from LAVIS:
+
+* Nothing is loaded by hope (``strict=False``). What may be absent is the image tower, as a whole, because LAVIS does
+  not save frozen weights.
+* The EVA-CLIP ViT-g tower of BLIP-2's own checkpoints is not built: BLIP-Diffusion stands on CLIP ViT-L/14. A file with
+  such a tower is refused by name; :func:`read_stage1` reads its Q-Former alone on request.
 
 LAVIS stores no sizes. They follow from the shapes, except the numbers of attention heads: width / 64, as in BERT and in
 CLIP's towers, unless given. What we write has ``config.json`` files beside the weights; LAVIS does not look at them.
@@ -22,9 +26,9 @@ import torch
 from torch import Tensor
 
 from blipdiff_train.checkpoints import diffusers as diffusers_layout
-from blipdiff_train.checkpoints.keys import Gaps, fill_parts, part_shapes, part_tensors, to_ours, to_theirs
+from blipdiff_train.checkpoints.keys import Gaps, fill_parts, part_shapes, part_tensors, row, to_ours, to_theirs
 from blipdiff_train.checkpoints.safety import find_file, read_json, read_pickle, read_tensors, tensor_mapping
-from blipdiff_train.checkpoints.tables import POSITION_IDS, lavis_qformer, lavis_tower, projection
+from blipdiff_train.checkpoints.tables import POSITION_IDS, eva_tower_names, lavis_qformer, lavis_tower, projection
 from blipdiff_train.checkpoints.tokenizers import (
     load_bert_tokenizer,
     load_clip_tokenizer,
@@ -113,6 +117,7 @@ def _stage1_from(
                 "BLIP-Diffusion stands on CLIP ViT-L/14. skip_eva_tower=True takes the Q-Former alone, "
                 "for image embeddings made elsewhere"
             )
+        _check_eva_names(tensors, file)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TOWER)}
     config = qformer_config(tensors, file, sizes.qformer_heads)
     qformer = diffusers_layout.fresh_qformer(config)
@@ -128,6 +133,19 @@ def _stage1_from(
     gaps = Gaps(ignored=frozenset({POSITION_BUFFER}))
     fill_parts(modules, to_ours(tensors, rows, part_shapes(modules), file=file, gaps=gaps))
     return Stage1Weights(qformer, modules.get("heads"), modules.get("tower"))
+
+
+def _check_eva_names(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """What is left out must be the tower it is taken for, and whole."""
+    found = {name for name in tensors if name.startswith(TOWER)}
+    layers = _indices(tensors, r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.weight", file)
+    expected = eva_tower_names(len(layers))
+    to_ours(
+        {name: tensors[name] for name in found},
+        [row(name) for name in expected],
+        {name: tuple(tensors[name].shape) for name in expected & found},
+        file=file,
+    )
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int, file: Path) -> tuple[int, ...]:

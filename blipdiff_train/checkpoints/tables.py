@@ -103,6 +103,17 @@ def lavis_tower(num_layers: int) -> list[Row]:
     return prefixed(rows, "visual_encoder.", "tower.")
 
 
+def eva_tower_names(num_layers: int) -> set[str]:
+    """``visual_encoder`` of the EVA-CLIP kind (``eva_clip_g``): names only, since this project does not build it."""
+    names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    for index in range(num_layers):
+        block = f"blocks.{index}"
+        names |= {f"{block}.attn.{name}" for name in ("q_bias", "v_bias", "qkv.weight", "proj.weight", "proj.bias")}
+        for module in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            names |= {f"{block}.{module}.weight", f"{block}.{module}.bias"}
+    return {f"visual_encoder.{name}" for name in names}
+
+
 def diffusers_tower(num_layers: int) -> list[Row]:
     """``visual_encoder`` of ``Blip2QFormerModel``; its ``post_layernorm`` is our ``ln_vision``."""
     rows = [

@@ -122,16 +122,24 @@ def test_half_precision_comes_in_as_fp32(tmp_path, stage1):
 def test_an_eva_tower_is_refused_or_left_out_on_request(tmp_path, stage1):
     """BLIP-2's own files (ViT-g): EVA names, image tokens of another width."""
     tensors = {n: t for n, t in stage1.items() if not n.startswith("visual_encoder.")}
-    tensors |= {
-        "visual_encoder.cls_token": torch.zeros(1, 1, 24),
-        "visual_encoder.blocks.0.attn.q_bias": torch.zeros(24),
-    }
+    tensors |= {f"visual_encoder.{name}": torch.zeros(2) for name in ("cls_token", "pos_embed")}
+    tensors |= {f"visual_encoder.patch_embed.proj.{leaf}": torch.zeros(2) for leaf in ("weight", "bias")}
+    for block in ("visual_encoder.blocks.0", "visual_encoder.blocks.1"):
+        names = ["attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"]
+        modules = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+        names += [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+        tensors |= {f"{block}.{name}": torch.zeros(2) for name in names}
     file = save(tmp_path, tensors)
     with pytest.raises(ValueError, match=r"checkpoint\.pth: its image tower is EVA-CLIP ViT-g .* skip_eva_tower=True"):
         lavis.read_stage1(file, sizes=SIZES)
     weights = lavis.read_stage1(file, sizes=SIZES, skip_eva_tower=True)
     assert weights.image_encoder is None
     assert torch.equal(weights.qformer.ln_vision.weight, stage1["ln_vision.weight"])
+    # what is left out is checked by name all the same
+    tensors["visual_encoder.blocks.1.gamma_1"] = tensors.pop("visual_encoder.blocks.1.norm2.bias")
+    message = r"missing keys: visual_encoder\.blocks\.1\.norm2\.bias; unknown keys: visual_encoder\.blocks\.1\.gamma_1"
+    with pytest.raises(ValueError, match=message):
+        lavis.read_stage1(save(tmp_path, tensors), sizes=SIZES, skip_eva_tower=True)
 
 
 @pytest.mark.parametrize(
