@@ -387,10 +387,12 @@ def run(command: str, plain: dict[str, Any]) -> int:
 
     try:
         return getattr(commands, command)(config, plain)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("BLIPDIFF_DEBUG"):
             raise
-        print(f"stopped: {error}\n(BLIPDIFF_DEBUG=1 shows where)", file=sys.stderr)
+        of_file = isinstance(error, OSError) and error.filename is not None
+        words = f"{error.filename}: {error.strerror}" if of_file else error
+        print(f"stopped: {words}\n(BLIPDIFF_DEBUG=1 shows where)", file=sys.stderr)
         return 1
 
 

@@ -133,6 +133,26 @@ def test_cfg_prints_what_would_run(capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "dog.jpg"), "stopped: dog.jpg: No such file or directory\n"),
+        (PermissionError(13, "Permission denied", "shards/a.tar"), "stopped: shards/a.tar: Permission denied\n"),
+        (ValueError("input=photos: no such folder"), "stopped: input=photos: no such folder\n"),
+    ],
+)
+def test_a_command_that_cannot_go_on_says_why_without_a_traceback(monkeypatch, capsys, error, words):
+    def prepare(config, plain):
+        raise error
+
+    monkeypatch.setattr("blipdiff_train.commands.prepare", prepare)
+    assert cli.main(["prepare"]) == 1
+    assert capsys.readouterr().err.startswith(words)
+    monkeypatch.setenv("BLIPDIFF_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["prepare"])
+
+
+@pytest.mark.parametrize(
     ("overrides", "swept", "tokens"),
     [
         (["stage=1"], ["stage"], ["stage='1'"]),
