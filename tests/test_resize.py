@@ -50,8 +50,8 @@ def settings(world: Path, data: Path, output: Path, stage: int) -> list[str]:
     return [*words, "model.qformer.dropout=0.0", "optim.ema_decay=0.9"]
 
 
-def main(world: Path, output: Path, stage: int) -> None:
-    """The run without a stop, and the run in parts."""
+def main(world: Path, output: Path) -> None:
+    """For each stage the run without a stop, and the run in parts."""
     sys.path.insert(0, str(tiny.REPOSITORY / "scripts"))
     import chaos
     import torch
@@ -68,20 +68,21 @@ def main(world: Path, output: Path, stage: int) -> None:
 
     def note_batch(self, trainer, module, batch, batch_idx) -> None:
         self._keys.append(list(batch.keys))
-        with (output / f"{part}.jsonl").open("a") as file:  # short lines do not mix
+        with (output / f"{stage}-{part}.jsonl").open("a") as file:  # short lines do not mix
             file.write(json.dumps([batch.positions.tolist(), batch.keys]) + "\n")
 
     callbacks.FiniteCheck.on_train_batch_start = note_batch
-    for name, parts in (("straight", [(1, None)]), ("parts", PARTS)):
-        for number, (processes, stop) in enumerate(parts):
+    starts = [("straight", 0, 1, None)] + [("parts", number, *start) for number, start in enumerate(PARTS)]
+    for stage in (1, 2):
+        for name, number, processes, stop in starts:
             part = f"{name}-{number}"
             callbacks.StopSignals = lambda stop=stop: StopAfter(stop)
             words = [*settings(world, output / "data", output / name, stage), f"trainer.devices={processes}"]
-            run = chaos.start(words, output / name, processes, output / f"{part}.log")
-            codes = chaos.wait(run, lambda: False, "end")
+            log = output / f"{stage}-{part}.log"
+            codes = chaos.wait(chaos.start(words, output / name, processes, log), lambda: False, "end")
             expected = 0 if stop is None else blipdiff_train.train.EXIT_INTERRUPTED
             if codes[0] != expected:
-                raise SystemExit(f"{part}: exit codes {codes}\n{(output / f'{part}.log').read_text()}")
+                raise SystemExit(f"stage {stage}, {part}: exit codes {codes}\n{log.read_text()}")
 
 
 def batches(output: Path, pattern: str) -> dict[int, str]:
@@ -95,16 +96,12 @@ def batches(output: Path, pattern: str) -> dict[int, str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_another_number_of_processes_gives_the_same_run(world, tmp_path, chaos, stage):
-    import torch
-
-    from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint
-
-    write_data(tmp_path / "data")
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resize")
+    write_data(folder / "data")
     done = subprocess.run(
-        [sys.executable, __file__, str(world), str(tmp_path), str(stage)],
+        [sys.executable, __file__, str(world), str(folder)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tiny.REPOSITORY), *sys.path])},
@@ -112,12 +109,22 @@ def test_another_number_of_processes_gives_the_same_run(world, tmp_path, chaos, 
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert batches(tmp_path, "straight-*.jsonl") == batches(tmp_path, "parts-*.jsonl")
-    assert sorted(batches(tmp_path, "parts-*.jsonl")) == list(range(24))
-    assert "2 processes × micro-batch 2" in (tmp_path / "parts-1.log").read_text()
-    assert "continuing after step 4 of 6" in (tmp_path / "parts-2.log").read_text()
+    return folder
 
-    folders = [tmp_path / name / f"stage{stage}" / "default" for name in ("straight", "parts")]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_number_of_processes_gives_the_same_run(finished, chaos, stage):
+    import torch
+
+    from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint
+
+    assert batches(finished, f"{stage}-straight-*.jsonl") == batches(finished, f"{stage}-parts-*.jsonl")
+    assert sorted(batches(finished, f"{stage}-parts-*.jsonl")) == list(range(24))
+    assert "2 processes × micro-batch 2" in (finished / f"{stage}-parts-1.log").read_text()
+    assert "continuing after step 4 of 6" in (finished / f"{stage}-parts-2.log").read_text()
+
+    folders = [finished / name / f"stage{stage}" / "default" for name in ("straight", "parts")]
     straight, parts = (chaos.rows(folder / "metrics.csv") for folder in folders)
     assert [row["step"] for row in parts] == list("123456")
     assert [row["lr"] for row in parts] == [row["lr"] for row in straight]
@@ -134,4 +141,4 @@ def test_another_number_of_processes_gives_the_same_run(world, tmp_path, chaos, 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
