@@ -31,6 +31,15 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(command for command in found if command))
 
 
+def section(title: str) -> str:
+    """The part of the README under one heading."""
+    return re.split(r"^#+ ", README.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+TOGETHER = commands(section("Interrupted, resized, resumed"))
+"""Commands that are one story: ``test_readme_resume.py`` runs them."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the test runs the commands that ``pattern`` fits from their beginning to their end.
@@ -121,7 +130,7 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("command", [command for command in commands(README) if command not in TOGETHER])
 def test_a_command_of_the_readme_runs(home, command) -> None:
     if made_by_continuous_integration(command):
         return

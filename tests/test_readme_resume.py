@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_readme import TOGETHER
 
 from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint, steps_in
 
@@ -93,14 +94,6 @@ touch "$STATE/requeued"
 """
 
 
-def commands(section: str) -> list[str]:
-    """The lines of the shell blocks in a section of README.md, without their remarks."""
-    text = (tiny.REPOSITORY / "README.md").read_text(encoding="utf-8")
-    part = re.split(r"\n#+ ", text.split(f"# {section}\n", 1)[1], maxsplit=1)[0]
-    blocks = re.findall(r"```sh\n(.*?)```", part, flags=re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-
-
 def steps(run: Path) -> list[int]:
     with (run / "metrics.csv").open() as file:
         return [int(row["step"]) for row in csv.DictReader(file)]
@@ -131,7 +124,7 @@ def test_the_commands_do_what_is_written_beside_them(world, tmp_path):
         return subprocess.run(shell, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
     night, cluster = tmp_path / "outputs/stage1/night", tmp_path / "outputs/stage1/cluster"
-    interrupted, resized, anew, batch = commands("Interrupted, resized, resumed")
+    interrupted, resized, anew, batch = TOGETHER
 
     done = run(interrupted)
     assert done.returncode == 85, done.stdout + done.stderr
