@@ -158,16 +158,13 @@ def _rejections(
         figures = []
         for entry in by_cause[cause][:REJECTED_SHOWN]:
             thumbnail = _thumbnail(records[entry["number"]], settings)
-            figures.append(
-                _figure([] if thumbnail is None else [thumbnail], f"{entry['source']}: {entry['detail']}", True)
-            )
-        listed = "".join(f"<li>{html.escape(entry['source'])}</li>" for entry in by_cause[cause][:REJECTED_LISTED])
-        more = f"<li>… {count - REJECTED_LISTED} more in rejected.jsonl</li>" if count > REJECTED_LISTED else ""
-        parts.append(
-            f"<h3>{html.escape(cause)}: {count}</h3>"
-            f'<div class="grid">{"".join(figures)}</div>'
-            f"<details><summary>all</summary><ul>{listed}{more}</ul></details>"
-        )
+            detail = entry["detail"].removeprefix(f"{entry['source']}: ")
+            figures.append(_figure([] if thumbnail is None else [thumbnail], f"{entry['source']}: {detail}", True))
+        parts.append(f'<h3>{html.escape(cause)}: {count}</h3><div class="grid">{"".join(figures)}</div>')
+        if count > len(figures):
+            listed = "".join(f"<li>{html.escape(entry['source'])}</li>" for entry in by_cause[cause][:REJECTED_LISTED])
+            more = f"<li>… {count - REJECTED_LISTED} more in rejected.jsonl</li>" if count > REJECTED_LISTED else ""
+            parts.append(f"<details><summary>all {count}</summary><ul>{listed}{more}</ul></details>")
     return "".join(parts)
 
 

@@ -144,7 +144,7 @@ def test_two_processes_make_the_bytes_that_prepare_writes(kind, plain, toys, pre
 
 def module(shards: Path, **changes) -> ShardDataModule:
     options = {"stage": 2, "shards": str(shards), "global_batch_size": 8, "micro_batch_size": 4, "total_steps": 4}
-    options |= {"seed": 0, "image_size": 16, "target_size": 32, "shuffle_window": 2, "max_bad_fraction": 1.0}
+    options |= {"seed": 0, "image_size": 16, "target_size": 32, "shuffle_window": 2}
     return ShardDataModule(**options | changes)
 
 
