@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from runs import StopAfter, configure, fit
+from runs import Meanwhile, StopAfter, configure, fit
 
 from blipdiff_train import train
 from blipdiff_train.checkpoints.training import checkpoint_path, read_checkpoint, steps_in
+from blipdiff_train.stages import callbacks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,13 +110,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(world, tmp_path, monkey
         return losses * (float("nan") if 9 in batch.positions else 1.0), weights
 
     monkeypatch.setattr(Stage2Module, "noise_losses", spoiled)
-    config, plain = configure(world, tmp_path, 2, "trainer.max_micro_batch=2")
+    config, plain = configure(world, tmp_path, 2, "trainer.max_micro_batch=2", "every.checkpoint=100")
     assert train.run(config, plain) == train.EXIT_FAILED
     out = capsys.readouterr().out
     assert "the loss of optimizer step 3 is not finite; the step was not taken" in out
     keys = out.split("bad micro-batches: ")[1].split(".")[0].split(", ")
     assert len(keys) == 2  # one micro-batch of two
-    assert steps_in(Path(config.run_dir) / "checkpoints") == [2]
+    assert steps_in(Path(config.run_dir) / "checkpoints") == [2]  # what was finished is kept
+
+
+def test_an_interrupt_from_the_keyboard_keeps_the_finished_steps(world, tmp_path, chaos, monkeypatch):
+    more = ("every.checkpoint=100", "optim.ema_decay=0.9")
+    quiet = fit(world, tmp_path / "quiet", 1, *more)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks, "StopSignals", lambda: Meanwhile(3, interrupt))
+    config, plain = configure(world, tmp_path / "parts", 1, *more)
+    with pytest.raises(SystemExit) as stop:
+        train.run(config, plain)
+    assert stop.value.code == 1
+    assert steps_in(Path(config.run_dir) / "checkpoints") == [3]
+    assert read_checkpoint(checkpoint_path(Path(config.run_dir) / "checkpoints", 3))["validation_due"]
+    monkeypatch.undo()
+    assert chaos.differences(quiet, fit(world, tmp_path / "parts", 1, *more)) == []
 
 
 @pytest.mark.slow
