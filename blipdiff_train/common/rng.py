@@ -7,6 +7,7 @@ streams apart: ``("noise", position)`` and ``("crop", position)`` never share a 
 from __future__ import annotations
 
 import hashlib
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,33 @@ def derive_seed(seed: int, purpose: str, *indices: int) -> int:
         purpose: what the numbers are for, e.g. ``"noise"``.
         indices: further coordinates, e.g. the sample's position in the global order.
     """
+    digest = hashlib.blake2b(_place(seed, purpose, indices), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _place(seed: int, purpose: str, indices: tuple[int, ...]) -> bytes:
     if not purpose:
         raise ValueError("purpose must not be empty: two streams of one seed would coincide")
-    text = "\x1f".join([str(int(seed)), purpose, *(str(int(index)) for index in indices)])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return "\x1f".join([str(int(seed)), purpose, *(str(int(index)) for index in indices)]).encode()
+
+
+class HashedUniform:
+    """Numbers in [0, 1) for one purpose and place, in the order they are asked for, read off a hash.
+
+    Where a sample needs a few numbers, these cost a fraction of what making a NumPy generator does. Each has 53 bits.
+    """
+
+    def __init__(self, seed: int, purpose: str, *indices: int):
+        self._hash = hashlib.blake2b(_place(seed, purpose, indices), digest_size=64, person=b"uniform")
+        self._left: list[int] = []
+
+    def random(self, size: int) -> list[float]:
+        """The next ``size`` numbers."""
+        while len(self._left) < size:
+            self._left += struct.unpack("<8Q", self._hash.digest())
+            self._hash.update(b"\x1f")
+        taken, self._left = self._left[:size], self._left[size:]
+        return [(number >> 11) * 2.0**-53 for number in taken]
 
 
 def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from blipdiff_train.common.rng import HashedUniform
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -25,12 +27,15 @@ class Placement:
     flip: bool
 
 
-def blend(foreground: np.ndarray, alpha_matte: np.ndarray, background: np.ndarray) -> np.ndarray:
+def blend(
+    foreground: np.ndarray, alpha_matte: np.ndarray, background: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
     """``α F + (1 − α) B``, rounded to nearest; α = 0 gives the background exactly and α = 255 the foreground.
 
     Args:
         foreground, background: H W 3 uint8.
         alpha_matte: H W uint8.
+        out: where the result goes, may be ``background``; a new array if None.
 
     Returns:
         H W 3 uint8.
@@ -55,7 +60,7 @@ def blend(foreground: np.ndarray, alpha_matte: np.ndarray, background: np.ndarra
     np.subtract(255, weight, out=weight)
     weight *= background
     total += weight
-    return cv2.convertScaleAbs(total, alpha=1 / 255)  # to nearest; a 255th is never a tie
+    return cv2.convertScaleAbs(total, dst=out, alpha=1 / 255)  # to nearest; a 255th is never a tie
 
 
 def subject_box(alpha_matte: np.ndarray, threshold: int = 8) -> tuple[int, int, int, int]:
@@ -73,7 +78,7 @@ def subject_box(alpha_matte: np.ndarray, threshold: int = 8) -> tuple[int, int, 
 def sample_placement(
     alpha_matte: np.ndarray,
     size_px: int,
-    generator: np.random.Generator,
+    generator: np.random.Generator | HashedUniform,
     *,
     scale: tuple[float, float] = (0.5, 0.95),
     flip_probability: float = 0.5,
@@ -112,7 +117,9 @@ def sample_placement(
     )
 
 
-def cover(background: np.ndarray, size_px: int, generator: np.random.Generator | None = None) -> np.ndarray:
+def cover(
+    background: np.ndarray, size_px: int, generator: np.random.Generator | HashedUniform | None = None
+) -> np.ndarray:
     """The photograph scaled to cover a square canvas and cropped, at random or in the middle: ``size_px size_px 3``."""
     rows, columns = background.shape[:2]
     factor = size_px / min(rows, columns)
@@ -129,7 +136,7 @@ def blend_on_background(
     background: np.ndarray,
     *,
     size_px: int,
-    generator: np.random.Generator,
+    generator: np.random.Generator | HashedUniform,
     scale: tuple[float, float] = (0.5, 0.95),
     flip_probability: float = 0.5,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +177,7 @@ def place(
     small_foreground, small_alpha = cv2.cvtColor(small, cv2.COLOR_RGBA2RGB), cv2.extractChannel(small, 3)
     target = np.s_[placement.top : placement.top + placement.height, placement.left : placement.left + placement.width]
     composite, matte = canvas.copy(), np.zeros(canvas.shape[:2], np.uint8)
-    composite[target] = blend(small_foreground, small_alpha, canvas[target])
+    blend(small_foreground, small_alpha, composite[target], out=composite[target])
     matte[target] = small_alpha
     return composite, matte
 
@@ -187,8 +194,18 @@ def _resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
         return image
     if width >= image.shape[1] and height >= image.shape[0]:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    # averaging against aliasing; torch's kernel for bytes is several times as fast as OpenCV's INTER_AREA
-    # (the new axis first: only so does it see channels-last memory, take its fast path and answer in kind)
-    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
-    small = functional.interpolate(tensor, size=(height, width), mode="bilinear", antialias=True)
-    return small[0].permute(1, 2, 0).numpy()
+    return resize_antialiased(image, height, width, "bilinear")
+
+
+def resize_antialiased(image: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
+    """H W C uint8 to ``height width C`` by torch's kernel for bytes, several times as fast as OpenCV's INTER_AREA.
+
+    Args:
+        image: any H W C uint8.
+        height, width: of the result.
+        mode: ``"bilinear"`` or ``"bicubic"``; both average against aliasing.
+    """
+    # the new axis first: only so does torch see channels-last memory, take its fast path and answer in kind
+    tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])[None]).permute(0, 3, 1, 2)
+    resized = functional.interpolate(tensor, size=(height, width), mode=mode, antialias=True)
+    return resized.permute(0, 2, 3, 1).numpy()[0]

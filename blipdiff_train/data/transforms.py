@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blipdiff_train.common.images import FORMATS, MAX_PIXELS, Header, plain_header
-from blipdiff_train.common.rng import numpy_generator
+from blipdiff_train.common.rng import HashedUniform, numpy_generator
 from blipdiff_train.context import composite
 from blipdiff_train.data.samples import Stage1Sample, Stage2Sample
 from blipdiff_train.data.shards import SampleError, ShardSet
@@ -230,10 +229,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing: H W 3 uint8 to ``height width 3`` uint8."""
     if image.shape[:2] == (height, width):
         return image
-    # the new axis first: only so does torch see channels-last memory, take its fast path and answer in kind
-    tensor = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return composite.resize_antialiased(image, height, width, "bicubic")
 
 
 def resize_and_crop(image: np.ndarray, size: int, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -378,9 +374,8 @@ class Stage2Transform:
         else:
             target_image = self._target(photo, position)
 
-        # the one generator for all that the subject needs: making one costs as much as a resize
-        generator = numpy_generator(self.seed, "subject", position)
-        dropped = generator.random() < self.drop_subject_probability
+        generator = HashedUniform(self.seed, "subject", position)
+        dropped = generator.random(1)[0] < self.drop_subject_probability
         colours = foreground if has_foreground else photo
         return Stage2Sample(
             subject_image=self._subject_image(colours, alpha_matte, position, generator),
@@ -412,7 +407,7 @@ class Stage2Transform:
         return resize_and_crop(photo, self.target_size, crop)
 
     def _subject_image(
-        self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int, generator: np.random.Generator
+        self, foreground: np.ndarray, alpha_matte: np.ndarray, position: int, generator: HashedUniform
     ) -> np.ndarray:
         if alpha_matte.shape != foreground.shape[:2]:  # the photograph was decoded at a fraction
             alpha_matte = cv2.resize(alpha_matte, foreground.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -427,13 +422,14 @@ class Stage2Transform:
         )
         return resize(blended, self.image_size, self.image_size)
 
-    def _background(self, position: int, generator: np.random.Generator) -> np.ndarray:
+    def _background(self, position: int, generator: HashedUniform) -> np.ndarray:
         """A photograph, or a drawn background when there are none or eight in a row are bad.
 
         ``generator`` gives the same count of numbers whatever is bad, so that the placement drawn next stays.
         """
         if self.backgrounds is not None:
-            for index in generator.integers(len(self.backgrounds), size=_BACKGROUND_DRAWS).tolist():
+            for draw in generator.random(_BACKGROUND_DRAWS):
+                index = int(draw * len(self.backgrounds))
                 try:
                     record = self.backgrounds.read(index, PHOTO_SUFFIXES)
                     return decode_photo(record, max_pixels=self.max_pixels, shrink_to=self.target_size)[0]

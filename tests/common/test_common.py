@@ -38,6 +38,25 @@ def test_generators_repeat_and_streams_differ() -> None:
         rng.derive_seed(0, "")
 
 
+def test_hashed_numbers_are_those_of_their_place_and_uniform():
+    def drawn(*place, sizes=(30,)):
+        numbers = rng.HashedUniform(*place)
+        return [number for size in sizes for number in numbers.random(size)]
+
+    assert drawn(3, "crop", 1) == drawn(3, "crop", 1, sizes=(1, 8, 0, 7, 14))
+    assert drawn(0, "noise", 7)[8] == 0.9795487137813623  # of the second block; a change would change every resumed run
+    places = [(3, "crop", 1), (4, "crop", 1), (3, "crop", 2), (3, "drop", 1), (3, "crop", 1, 0), (31, "crop")]
+    assert len({number for place in places for number in drawn(*place)}) == 30 * len(places)
+    many = np.array([drawn(0, "any", position, sizes=(4,)) for position in range(2000)])
+    assert many.min() >= 0
+    assert many.max() < 1
+    shares = np.histogram(many, bins=10, range=(0, 1))[0] / many.size
+    assert np.abs(shares - 0.1).max() < 0.015
+    assert np.abs(np.corrcoef(many.T) - np.eye(4)).max() < 0.08
+    with pytest.raises(ValueError, match="purpose"):
+        rng.HashedUniform(0, "")
+
+
 def test_one_process_is_a_group_of_one() -> None:
     tensor = torch.randn(3, 2, requires_grad=True)
     assert distributed.world_size() == 1
