@@ -98,12 +98,11 @@ def run_all(
                     worker.task = None
                     yield result
     finally:
-        for worker in pool:
-            worker.process.terminate()
-        for process, _ in servers:
-            process.terminate()
-        for process in [*(worker.process for worker in pool), *(process for process, _ in servers)]:
-            process.join()
+        for process, pipe, is_busy in [
+            *((worker.process, worker.pipe, worker.task is not None) for worker in pool),
+            *((process, pipe, False) for process, pipe in servers),
+        ]:
+            _end(process, pipe, is_busy)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -134,6 +133,15 @@ def _start(target: Callable[..., None], *arguments: Any) -> tuple[Any, Connectio
     process.start()
     theirs.close()  # so that the process's death is the end of the pipe
     return process, ours
+
+
+def _end(process: Any, pipe: Connection, is_busy: bool) -> None:
+    """End a process that has nothing to do by closing its pipe, so that it cleans up; one that is busy at once."""
+    pipe.close()
+    if not is_busy:
+        process.join(timeout=10)
+    process.terminate()
+    process.join()
 
 
 def _received(pipe: Connection) -> Any:
@@ -191,7 +199,13 @@ def _serve_models(pipe: Connection, settings: Settings, device: str, address: st
     except Exception as error:
         pipe.send((False, _portable(error)))
         return
+    threading.Thread(target=_accept, args=(listener, models), daemon=True).start()
     pipe.send((True, device))
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        pipe.recv()  # nothing comes: its end is the job's
+
+
+def _accept(listener: Listener, models: Models) -> None:
     turn = threading.Lock()
     while True:
         # a thread a worker: one unpacks its photographs while another's are on the device
