@@ -104,8 +104,10 @@ def test_a_validation_made_up_for_twice_is_one_row(world, tmp_path):
     """A stop before a validation; the next start makes it up and ends before its first checkpoint."""
     folder = fit(world, tmp_path, 1, stop_after=3)
     more = ("every.checkpoint=100", "logger.tensorboard=true")
+    time.sleep(1.1)  # TensorBoard reads the files of several starts in the order of the seconds in their names
     job = _killed_after_validation(world, tmp_path, more)
     assert job == -signal.SIGKILL
+    time.sleep(1.1)
     fit(world, tmp_path, 1, "logger.tensorboard=true")
     assert [row["step"] for row in CsvFile(folder / "validation.csv").rows()] == ["3", "6"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -160,5 +160,6 @@ def test_killed_runs_end_in_the_same_bits(world, tmp_path, stage, processes):
         timeout=550,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills, 1 finish" in done.stdout
+    assert "\n4 kills, " in done.stdout
+    assert "; 5 starts; 12 steps; " in done.stdout
     assert "differences: none" in done.stdout
