@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## train both stages on the embedded toy world: pictures and a table in ./demo (about 15 minutes on 2 cores)
+demo: $(STAMP) ## train both stages on the embedded toy world: pictures and a table in ./demo (11 minutes on 2 cores with bf16, more without)
 	$(BIN)/python scripts/demo.py --output demo
 
-test: $(STAMP) ## run all tests (about 15 minutes on 2 cores)
+test: $(STAMP) ## run all tests (9 minutes on 2 cores)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
