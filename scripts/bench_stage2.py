@@ -1,11 +1,11 @@
 """What cached latents save of a stage-2 step, and how long a step waits for data with mattes made while training.
 
     python scripts/bench_stage2.py toy           # a step of the embedded models: forward, backward, AdamW; and loading
-    python scripts/bench_stage2.py full          # the same at the size of Stable Diffusion 1.5, 512 px, one sample
+    python scripts/bench_stage2.py full          # the same at the size of Stable Diffusion 1.5, without AdamW
     python scripts/bench_stage2.py operations    # multiplications of the full-size step by part, on any machine
     python scripts/bench_stage2.py wait          # runs on prepared shards, online, and online again, as typed
 
-The two sides of a ratio are timed in turn, in one process. ``full`` takes minutes on a CPU and 14 GiB, and its weights
+The two sides of a ratio are timed in turn, in one process. ``full`` takes minutes on a CPU and 13 GiB, and its weights
 are random, which changes no time.
 """
 
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def toy_module() -> Stage2Module:
     return Stage2Module(load_model_folder(str(TOY_MODEL)), template="release", total_steps=10, lr=1e-4, seed=0)
 
 
-def full_module() -> Stage2Module:
+def full_module(*, gradient_checkpointing: bool) -> Stage2Module:
     """Every part at its published size, with random weights and the toy model's tokenizers."""
     from blipdiff_train.checkpoints.model_folder import load_model_folder
     from blipdiff_train.models import presets
@@ -61,7 +62,9 @@ def full_module() -> Stage2Module:
         text_encoder=TextEncoder(presets.build_text_model(presets.SD15_TEXT), toy.text_encoder.tokenizer),
         denoiser=Denoiser(vae, unet, presets.build_noise_scheduler({})),
     )
-    return Stage2Module(parts, template="release", total_steps=10, lr=2e-6, seed=0, gradient_checkpointing=True)
+    return Stage2Module(
+        parts, template="release", total_steps=10, lr=2e-6, seed=0, gradient_checkpointing=gradient_checkpointing
+    )
 
 
 def make_batch(size: int, image_px: int, target_px: int, device: str = "cpu") -> Stage2Batch:
@@ -121,23 +124,9 @@ def compare(name: str, module: Stage2Module, batch: Stage2Batch, *, pairs: int, 
     )
 
 
-def full_size() -> None:
-    """One sample of 512 px: the VAE's part and the rest of forward and backward, once each."""
-    module, batch = full_module().train(), make_batch(1, 224, 512)
-    moments = module.denoiser.encode_moments(batch.target_image)  # the first call allocates
-    encode = timed(lambda: module.denoiser.encode_moments(batch.target_image))
-    rest = timed(lambda: step(module, None, replace(batch, target_image=None, latent_moments=moments)))
-    print(
-        f"full size, 512 px, one sample, gradient checkpointing: VAE {encode[0]:.1f} s ({encode[1]:.1f} of processor), "
-        f"forward and backward from moments {rest[0]:.1f} s ({rest[1]:.1f} s); with the VAE in it a step takes "
-        f"{1 + encode[1] / rest[1]:.2f} times the processor time"
-    )
-
-
 def compare_loading(pairs: int) -> None:
     """What a loader does for a sample of 512 px, with and without its target."""
     import cv2
-    import numpy as np
 
     from blipdiff_train.data.pixels import TARGET
     from blipdiff_train.data.samples import stage2_record
@@ -188,6 +177,30 @@ def operations() -> None:
         print(f"  UNet {name} ({passes} ×): the VAE adds {encode / (passes * forward):.1%}")
 
 
+def write_photographs(source: Path, output: Path, count: int, size: int) -> None:
+    """Plain shards from a folder with a sub-folder for each category, longest side ``size`` px."""
+    from blipdiff_train.common.images import load_image
+    from blipdiff_train.data.shards import write_shards
+    from blipdiff_train.prepare.work import encode
+
+    def samples() -> Iterator[dict[str, object]]:
+        for number, path in enumerate(files):
+            image = load_image(path)
+            factor = size / max(image.size)
+            image = image.resize((round(image.width * factor), round(image.height * factor)))
+            category = path.parent.name.replace("_", " ")
+            yield {
+                "__key__": f"{number:06d}",
+                "jpg": encode(np.asarray(image), "jpg", 95),
+                "json": {"subject": category},
+            }
+
+    files = sorted(source.glob("*/*.jpg"))[:count]
+    if len(files) < count:
+        raise SystemExit(f"{source}: {len(files)} photographs as CATEGORY/NAME.jpg, --samples asks for {count}")
+    write_shards(samples(), output, samples_per_shard=64)
+
+
 def wait(options: argparse.Namespace) -> None:
     """The logged share of a step's time that it waits for data, in three runs of the command line."""
     from blipdiff_train.data.toybox.write import write_toybox
@@ -200,7 +213,10 @@ def wait(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photographs, prepared = folder / "photographs", folder / "prepared"
-        write_toybox(photographs, "photographs", options.samples, size=options.size, samples_per_shard=64)
+        if options.photographs is None:
+            write_toybox(photographs, "photographs", options.samples, size=options.size, samples_per_shard=64)
+        else:
+            write_photographs(options.photographs, photographs, options.samples, options.size)
         command("prepare", f"input={photographs}", f"output={prepared}", "report.enabled=false", *annotation)
         online = ["data.context=online", *(f"data.annotation.{word}" for word in annotation)]
         steps = options.samples // options.batch  # one epoch
@@ -214,7 +230,8 @@ def wait(options: argparse.Namespace) -> None:
                 "train", "stage=2", "data=shards", f"data.shards={shards}", f"output_dir={run}",
                 f"data.workers={options.workers}", f"trainer.devices={options.devices}", "trainer.accelerator=cpu",
                 f"global_batch_size={options.batch}", f"total_steps={steps}", "every.log=1", "every.samples=null",
-                "every.validation=null", "optim.warmup_steps=0", "data.max_bad_fraction=1", *more,
+                "every.validation=null", "optim.warmup_steps=0", "data.max_bad_fraction=1",
+                f"target_px={options.target}", *more,
             )  # fmt: skip
             with (run / "stage2/default/metrics.csv").open() as file:
                 rows = list(csv.DictReader(file))
@@ -241,11 +258,16 @@ def command(*words: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("toy", "full", "operations", "wait"))
-    parser.add_argument("--pairs", type=int, default=5, help="toy: timed runs of each side")
+    parser.add_argument("--pairs", type=int, default=5, help="toy, full: timed runs of each side")
+    parser.add_argument("--no-checkpointing", action="store_true", help="full: keep the activations")
     parser.add_argument("--batch", type=int, default=32, help="samples a step of the toy models")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=512, help="wait: photographs")
-    parser.add_argument("--size", type=int, default=64, help="wait: their side in pixels")
+    parser.add_argument("--samples", type=int, default=512, help="wait: how many photographs")
+    parser.add_argument("--photographs", type=Path, help="wait: CATEGORY/NAME.jpg below it, instead of drawn ones")
+    parser.add_argument("--size", type=int, default=64, help="wait: their longest side in pixels")
+    parser.add_argument(
+        "--target", type=int, default=64, help="wait: side of the targets in pixels; sets a step's work"
+    )
     parser.add_argument("--segmenter", choices=("clipseg", "grabcut"), default="clipseg")
     parser.add_argument("--workers", type=int, default=1, help="wait: loaders of a process")
     parser.add_argument("--devices", type=int, default=1, help="wait: processes")
@@ -262,7 +284,10 @@ def main() -> None:
         compare(f"toy, {options.batch} samples", module, batch, pairs=options.pairs, optimise=True)
         compare_loading(options.pairs)
     else:
-        full_size()
+        checkpointing = not options.no_checkpointing
+        module, batch = full_module(gradient_checkpointing=checkpointing), make_batch(1, 224, 512)
+        name = f"full size, one sample of 512 px, {'with' if checkpointing else 'without'} gradient checkpointing"
+        compare(name, module, batch, pairs=options.pairs, optimise=False)
 
 
 if __name__ == "__main__":
