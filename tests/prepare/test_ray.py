@@ -1,6 +1,6 @@
 """engine=ray on a real cluster of two nodes on this machine: the bytes of one process, and errors one can act on.
 
-Ray is an optional extra and not among the test tools; `make test-ray` installs it and runs this file.
+Ray is an optional extra; `make test` installs it, `make test-fast` runs without.
 """
 
 # ruff: noqa: E402 (without Ray there is nothing to import)
