@@ -338,7 +338,7 @@ def sweep(command: str, tokens: Sequence[str], search: Sequence[str], *, only_sh
 
 
 INTERRUPTED = 85
-"""Exit code of a run that a signal stopped after saving: run the same command again."""
+"""Exit code of a command that a signal stopped, with what is finished saved: run the same command again."""
 
 
 def job_tokens(overrides: Sequence[str], swept: Sequence[str]) -> list[str]:
@@ -394,6 +394,9 @@ def run(command: str, plain: dict[str, Any]) -> int:
         words = f"{error.filename}: {error.strerror}" if of_file else error
         print(f"stopped: {words}\n(BLIPDIFF_DEBUG=1 shows where)", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def command_help(command: str, tokens: Sequence[str], search: Sequence[str]) -> str:

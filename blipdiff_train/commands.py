@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +47,7 @@ def device_of(wanted: str) -> str:
 def prepare(config: PrepareConfig, plain: Mapping[str, Any]) -> int:
     """Photographs in, annotated shards out."""
     from blipdiff_train.prepare import job
+    from blipdiff_train.prepare.advice import next_command, why_nothing
 
     settings = asdict(config)
     if config.input is None:
@@ -55,9 +59,32 @@ def prepare(config: PrepareConfig, plain: Mapping[str, Any]) -> int:
     for block in ("segmenter", "captioner"):
         if settings[block]["model"] is not None:
             settings[block]["model"] = resolve(settings[block]["model"])
-    summary = job.run(**settings)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's is a user's Ctrl-C
+    try:
+        summary = job.run(**settings)
+    except KeyboardInterrupt:
+        without = " without overwrite=true" if config.overwrite else ""
+        words = f"finished shards are kept in {config.output}: the same command{without} continues"
+        raise KeyboardInterrupt(words) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        words = f"output={config.output}: {error.strerror}; make room, and the same command continues"
+        raise ValueError(words) from error
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     print(summary)
-    return 0 if summary.num_samples or summary.num_units_missing else 1
+    if summary.num_units_missing or config.part:
+        return 0
+    if not summary.num_samples:
+        print(f"{why_nothing(summary.rejected)} ({config.output}/rejected.jsonl has all)", file=sys.stderr)
+        return 1
+    if config.report.enabled:
+        print(f"look at {config.output}/report.html, then train:")
+    print(f"  {next_command(config.kind, config.output)}")
+    return 0
 
 
 def generate(config: GenerateConfig, plain: Mapping[str, Any]) -> int:

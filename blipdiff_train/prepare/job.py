@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from blipdiff_train.common.files import write_json, write_text
+from blipdiff_train.common.progress import Progress
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
 from blipdiff_train.prepare import local_engine
 from blipdiff_train.prepare.filters import near_duplicates
@@ -54,12 +56,12 @@ class Summary:
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.rejected.items(), key=lambda c: -c[1]))
-        again = f" ({self.num_units_reused} shards were there already)" if self.num_units_reused else ""
+        again = f" ({_count(self.num_units_reused, 'shard')} from before)" if self.num_units_reused else ""
         if self.num_units_missing:
             again += f", {self.num_units_missing} to be made by other parts or steps"
         return (
-            f"{self.num_samples} samples of {self.num_photographs} photographs in {self.num_shards} shards"
-            f"{again}, {self.seconds:.0f} s → {self.output}\n"
+            f"{_count(self.num_samples, 'sample')} of {_count(self.num_photographs, 'photograph')} in "
+            f"{_count(self.num_shards, 'shard')}{again}, {self.seconds:.0f} s → {self.output}\n"
             f"rejected: {sum(self.rejected.values())}" + (f" ({causes})" if causes else "")
         )
 
@@ -75,11 +77,12 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
     ``step=shards`` for every part, then ``step=report`` once.
 
     Args:
-        progress: show a bar.
+        progress: say on standard error what is to be done and how far it is.
         values: ``input``, ``output`` and any other setting, blocks as mappings.
 
     Raises:
-        ValueError: a setting that makes no sense, an input without photographs, or an output that holds another job.
+        ValueError: a setting that makes no sense, an input without photographs or categories, an output that cannot be
+            written, holds another job, or is being written by another process.
         RuntimeError: a worker process died (out of memory?); run again to resume.
     """
     settings = locate(make_settings(values))
@@ -92,7 +95,13 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         limit=settings.limit,
     )
     output = Path(settings.output)
-    with _open_engine(settings) as engine:
+    if settings.kind == "subjects" and not any(record.subject_text for record in records):
+        raise ValueError(
+            f"input={settings.input}: none of its {_count(len(records), 'photograph')} has a category; put them into "
+            "one folder for each category, or name it: categories=FILE, or categories='toy dog' for all of them "
+            "(kind=backgrounds needs none)"
+        )
+    with _open_engine(settings) as engine, hold_output(output, settings):
         claim_output(output, settings, records)
         duplicates = _find_duplicates(records, settings, engine, progress)
         if duplicates is None and settings.step != "duplicates":
@@ -104,6 +113,10 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
             ours = take_share(units, settings.share())
             todo = [unit for unit in ours if unit.index not in accounts]
             done = sum(len(unit.records) for unit in ours) - sum(len(unit.records) for unit in todo)
+            if progress:
+                processes = _count(max(1, min(engine.workers, len(todo))), "process", "processes")
+                there = f", {_count(len(ours) - len(todo), 'shard')} of {len(ours)} done before" if done else ""
+                print(f"{_what(records, settings)}, {processes}{there}", file=sys.stderr, flush=True)
             with _bar(sum(len(unit.records) for unit in ours), done, "prepare", progress) as bar:
                 for account in engine.run_all(Worker, settings, todo, workers=engine.workers, devices=engine.devices):
                     accounts[account["unit"]] = account
@@ -160,12 +173,52 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def claim_output(output: Path, settings: Settings, records: Sequence[Record]) -> None:
-    """Make the folder this job's own, or recognise it as such.
+@contextmanager
+def hold_output(output: Path, settings: Settings) -> Iterator[None]:
+    """Keep other processes out of the folder, except the other parts of the same step; released however this one ends.
 
     Raises:
-        ValueError: it holds a job with other settings or inputs and ``overwrite`` is false.
+        ValueError: another process is at work there, or the folder cannot be made or written.
     """
+    locks = [(output / ".lock", fcntl.LOCK_SH if settings.part else fcntl.LOCK_EX)]
+    if settings.part:
+        part = settings.part.replace("/", "-of-")
+        locks.append((output / ACCOUNTS / f"lock-{settings.step}-{part}", fcntl.LOCK_EX))
+    with ExitStack() as held:
+        for path, mode in locks:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(path.open("a+", encoding="utf-8"))
+            except OSError as error:
+                advice = "choose a folder that can be made and written"
+                raise ValueError(f"output={output}: {error.strerror} ({path}); {advice}") from error
+            try:
+                fcntl.flock(file, mode | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                share = f", part={settings.part}" if settings.part else ""
+                raise ValueError(
+                    f"output={output}{share}: {who} is preparing there now; let it finish, or stop it and run this "
+                    "command again to continue. Machines share a job by step and part"
+                ) from None
+            except OSError:
+                continue  # a file system without locks: two such jobs do the work twice, with the same bytes
+            if mode == fcntl.LOCK_EX:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+        yield
+
+
+def claim_output(output: Path, settings: Settings, records: Sequence[Record]) -> None:
+    """Make the folder this job's own, or recognise it as such. A job that has not finished any shard is replaced.
+
+    Raises:
+        ValueError: it holds a job with other settings or inputs and ``overwrite`` is false, or the photographs.
+    """
+    if output == Path(settings.input):
+        raise ValueError(f"output={output} is the input too; choose another output")
     digest = hashlib.sha256()
     for record in records:
         # where the folder lies does not matter, what is in it does
@@ -174,17 +227,20 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
     identity = json.loads(json.dumps(settings.identity(), default=list))
     plan = {"settings": identity, "photographs": len(records), "inputs": digest.hexdigest()}
     path = output / ACCOUNTS / "plan.json"
-    if path.is_file() and not settings.overwrite:
+    if path.is_file():
         try:
             found = json.loads(path.read_text("utf-8"))
         except ValueError:
             found = {}
-        if found == plan:
+        if found == plan and not settings.overwrite:
             return
-        raise ValueError(
-            f"output={output} holds another job: {_difference(found, plan)}. Choose another output, or overwrite=true"
-        )
-    if path.is_file():
+        # other parts may be about to begin
+        is_begun = settings.step != "all" or any((output / ACCOUNTS).glob("unit-*.json"))
+        if is_begun and not settings.overwrite:
+            raise ValueError(
+                f"output={output} holds another job: {_difference(found, plan)}. Choose another output, or "
+                "overwrite=true to make everything again"
+            )
         for old in (*output.glob("shard-[0-9]*.tar"), *output.glob(f"shard-[0-9]*.tar{INDEX_SUFFIX}")):
             old.unlink()
         for name in ("rejected.jsonl", "report.html"):
@@ -197,11 +253,19 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
 
 
 def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
-    old, new = found.get("settings", {}), plan["settings"]
+    old, new = _leaves(found.get("settings", {})), _leaves(plan["settings"])
     changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in new if old.get(key) != new[key]]
     if found.get("photographs") != plan["photographs"]:
         changed.append(f"{found.get('photographs')} photographs then, {plan['photographs']} now")
     return "; ".join(changed) or "the photographs, captions or categories have changed"
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, as on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _stat(file: str) -> tuple[int, int] | None:
@@ -315,5 +379,17 @@ def plan_devices(
     return tuple(name_gpu(number) for number in range(wanted))
 
 
-def _bar(total: int, initial: int, name: str, progress: bool) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=name, unit=" photographs", disable=not progress, smoothing=0.1)
+def _bar(total: int, initial: int, name: str, progress: bool) -> Progress:
+    return Progress(total, initial=initial, name=name, unit="photographs", show=progress)
+
+
+def _what(records: Sequence[Record], settings: Settings) -> str:
+    photographs = _count(len(records), "photograph")
+    if settings.kind == "backgrounds":
+        return f"{photographs} as backgrounds"
+    categories = len({record.subject_text for record in records if record.subject_text})
+    return f"{photographs} of {_count(categories, 'category', 'categories')}, segmented by {settings.segmenter.name}"
+
+
+def _count(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"

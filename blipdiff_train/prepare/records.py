@@ -107,12 +107,13 @@ def list_records(
 def _from_folder(root: Path) -> list[Record]:
     records = []
     for path in sorted(_walk(root), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
+        # a name that is no UTF-8 can be opened, but not written into a report: its odd bytes show as \\xff
+        name = os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
         if path.suffix.lower() not in PHOTOGRAPHS or name.lower().endswith(MASK_ENDINGS):
             continue
         sidecar = path.with_suffix(".txt")
         masks = [path.with_suffix(ending) for ending in MASK_ENDINGS if path.with_suffix(ending).is_file()]
-        folder = path.parent.name if path.parent != root else None
+        folder = name.split("/")[-2] if path.parent != root else None
         records.append(
             Record(
                 name=name,

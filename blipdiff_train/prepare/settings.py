@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blipdiff_train.context.matting import ENGINES as MATTING_ENGINES
@@ -239,6 +240,9 @@ def _problems(s: Settings) -> list[str]:
     need(s.image.format in FORMATS, "image.format", s.image.format, f"one of {', '.join(FORMATS)}")
     need(1 <= s.image.jpeg_quality <= 100, "image.jpeg_quality", s.image.jpeg_quality, "1 to 100")
     need(s.segmenter.name in SEGMENTERS, "segmenter.name", s.segmenter.name, f"one of {', '.join(SEGMENTERS)}")
+    for key, model in (("segmenter.model", s.segmenter.model), ("captioner.model", s.captioner.model)):
+        is_path = model is not None and model.startswith(("/", "./", "../", "~"))
+        need(not is_path or Path(model).is_dir(), key, model, "a folder that is there, or a hub id such as owner/name")
     need(s.segmenter.batch_size >= 1, "segmenter.batch_size", s.segmenter.batch_size, "at least 1")
     if s.segmenter.name == "clipseg":
         expected = "a folder or hub id such as CIDAS/clipseg-rd64-refined"

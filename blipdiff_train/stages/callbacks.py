@@ -23,6 +23,7 @@ from torch import Tensor
 
 from blipdiff_train.checkpoints.training import CheckpointError
 from blipdiff_train.common import distributed
+from blipdiff_train.common.progress import clock
 from blipdiff_train.data.faults import check_share
 from blipdiff_train.stages.loggers import MetricsLogger
 
@@ -468,7 +469,7 @@ class ProgressLine(Callback):
             self._last_line = time.monotonic()
             per_step = (self._last_line - self._start) / max(1, step - self._first_step)
             left = per_step * (trainer.max_steps - step)
-            self._print(f"{self.title}: step {step}/{trainer.max_steps}  {self._words}  {_clock(left)} left")
+            self._print(f"{self.title}: step {step}/{trainer.max_steps}  {self._words}  {clock(left)} left")
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -497,9 +498,3 @@ class ProgressLine(Callback):
             self._bar.write(line)
         else:
             print(line, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

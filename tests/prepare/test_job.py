@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import blipdiff_train
+from blipdiff_train.__main__ import compose, quote_stage
 from blipdiff_train.common.files import sha256_file
 from blipdiff_train.common.images import decode_image
 from blipdiff_train.data.shards import ShardSet
-from blipdiff_train.prepare.job import run
+from blipdiff_train.prepare.advice import CAUSES, next_command
+from blipdiff_train.prepare.job import hold_output, run
+from blipdiff_train.prepare.settings import make_settings
 
 SMALL = {"photographs_per_shard": 5, "workers": 1, "progress": False, "filters": {"blur": 1.0}}
 
@@ -31,9 +37,9 @@ def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photograp
     output = tmp_path / "shards"
     summary = run(input=str(photographs), output=str(output), **SMALL | {"progress": True})
     bar = capsys.readouterr().err
-    assert "prepare: 100%" in bar
-    assert "18/18 [" in bar
-    assert "photographs/s" in bar or "s/ photographs" in bar
+    assert "18 photographs of 2 categories, segmented by grabcut, 1 process\n" in bar
+    assert "prepare: 18 of 18 photographs in " in bar
+    assert "\r" not in bar
     causes = {"unreadable": 2, "too_few_pixels": 1, "blurred": 1, "duplicate": 1, "no_category": 1}
     assert summary.rejected == causes
     assert (summary.num_photographs, summary.num_samples) == (18, 12)
@@ -142,7 +148,99 @@ def test_another_job_in_the_output_is_refused_with_the_difference(photographs, t
     run(input=str(photographs), output=output, **SMALL | {"limit": 5})
     with pytest.raises(ValueError, match=r"limit was 5 and is 4; 5 photographs then, 4 now.*overwrite=true"):
         run(input=str(photographs), output=output, **SMALL | {"limit": 4})
+    with pytest.raises(ValueError, match=r"filters\.blur was 1\.0 and is 2\.0\. Choose"):
+        run(input=str(photographs), output=output, **SMALL | {"limit": 5, "filters": {"blur": 2.0}})
     assert run(input=str(photographs), output=output, overwrite=True, **SMALL | {"limit": 4}).num_photographs == 4
+
+
+def test_a_job_that_failed_before_its_first_shard_does_not_hold_its_output(photographs, tmp_path, monkeypatch):
+    output = str(tmp_path / "shards")
+    with monkeypatch.context() as patched:
+        patched.setattr("blipdiff_train.prepare.work.write_shards", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(input=str(photographs), output=output, **SMALL | {"limit": 3})
+    assert run(input=str(photographs), output=output, **SMALL | {"limit": 2}).num_photographs == 2
+
+
+def test_a_second_process_in_the_same_output_is_refused_and_other_parts_are_not(photographs, tmp_path):
+    same = {"input": str(photographs), "output": str(tmp_path / "shards")}
+    with hold_output(tmp_path / "shards", make_settings(same)):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* is preparing there now; let it finish"):
+            run(**same, **SMALL)
+        with pytest.raises(ValueError, match="is preparing there now"):
+            run(**same, **SMALL, step="duplicates", part="0/2")
+    first = same | {"step": "duplicates", "part": "0/2"}
+    with hold_output(tmp_path / "shards", make_settings(first)):
+        with pytest.raises(ValueError, match=r"part=0/2: process .+ is preparing there now"):
+            run(**first, **SMALL)
+        with pytest.raises(ValueError, match="is preparing there now"):
+            run(**same, **SMALL)
+        assert run(**first | {"part": "1/2"}, **SMALL).num_units_missing == 4
+    assert run(**same, **SMALL).num_samples == 12
+
+
+def test_the_photographs_folder_is_no_output(photographs):
+    with pytest.raises(ValueError, match="is the input too"):
+        run(input=str(photographs), output=str(photographs), **SMALL)
+    assert not list(photographs.glob("*.tar"))
+
+
+def test_photographs_without_any_category_are_refused_before_work_is_done(photographs, tmp_path):
+    flat = photographs / "cup"
+    with pytest.raises(ValueError, match=r"none of its \d+ photographs has a category.*categories='toy dog' for all"):
+        run(input=str(flat), output=str(tmp_path / "o"), **SMALL)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_file_name_that_is_no_text_is_prepared_and_reported(photographs, tmp_path):
+    good = photographs / "cup/07.png"
+    os.rename(good, os.fsencode(photographs) + b"/cup/odd\xff.png")
+    with open(os.fsencode(photographs) + b"/cup/bad\xff.png", "wb") as file:
+        file.write(b"no photograph")
+    summary = run(input=str(photographs), output=str(tmp_path / "o"), **SMALL)
+    assert (summary.num_samples, summary.rejected["unreadable"]) == (12, 3)
+    assert "cup/bad\\\\xff.png" in (tmp_path / "o/rejected.jsonl").read_text()
+    assert "cup/odd\\xff.png" in (tmp_path / "o/report.html").read_text()
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_that_the_same_command_continues(photographs, tmp_path):
+    words = [f"input={photographs}", "output=shards", "photographs_per_shard=1", "filters.blur=1.0", "workers=2"]
+    command = [sys.executable, "-m", "blipdiff_train", "prepare", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("shards/shard-*.tar")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 85, said
+    assert said.endswith("stopped: finished shards are kept in shards: the same command continues\n")
+    assert "Traceback" not in said
+    finished = len(list((tmp_path / "shards/.job").glob("unit-*.json")))
+    assert 1 <= finished < 18
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert " of 18 done before\n" in again.stderr
+    assert again.stdout.endswith(
+        "look at shards/report.html, then train:\n  python -m blipdiff_train stage=2 data.shards=shards\n"
+    )
+    assert len(ShardSet(str(tmp_path / "shards"))) == 12
+
+
+FOLDERS = ["shards", "my shards", "it's (new), {a: b}", 'a "b" $HOME', "back\\slash\\", "[x]=y"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_next_command_reads_the_folder_it_names_whatever_its_name(folder):
+    words = shlex.split(next_command("subjects", f"/data/{folder}"))
+    assert words[:3] == ["python", "-m", "blipdiff_train"]
+    assert compose("train", [quote_stage(word) for word in words[3:]])["data"]["shards"] == f"/data/{folder}"
+
+
+def test_every_cause_has_its_advice():
+    package = Path(blipdiff_train.__file__).parent
+    code = "".join(path.read_text() for path in (*package.glob("context/*.py"), *package.glob("prepare/*.py")))
+    causes = set(re.findall(r'(?:Rejection|Rejected)\(\s*"(\w+)"', code)) | {"no_foreground", "no_background"}
+    assert causes == set(CAUSES)
 
 
 def test_all_wrong_settings_are_named_at_once():
