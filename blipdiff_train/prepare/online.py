@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blipdiff_train.context.segmentation import Segmenter
 from blipdiff_train.data.shards import SampleError, ShardSet, member_bytes
 from blipdiff_train.data.store import SampleStore
 from blipdiff_train.data.transforms import PHOTO_SUFFIXES
+from blipdiff_train.prepare.models import ModelProcess, RemoteModels
 from blipdiff_train.prepare.records import Record, json_object, tar_texts
-from blipdiff_train.prepare.segmenter_process import SegmenterProcess
 from blipdiff_train.prepare.settings import Settings
-from blipdiff_train.prepare.work import Unit, Worker, make_generator, make_segmenter
+from blipdiff_train.prepare.work import Unit, Worker, make_generator
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,24 @@ class OnlineContext:
     Args:
         settings: of the preparation; inputs, outputs and the search for duplicates do not apply.
         folder: of the store; None puts it beside the shards.
-        segmenter: what the settings name, if there is one already.
+        models: what the settings name, if somebody has them already.
 
     Raises:
         ValueError: the segmenter cannot be loaded.
     """
 
-    def __init__(self, settings: Settings, folder: str | None = None, segmenter: Segmenter | None = None) -> None:
-        self.settings = settings
-        if segmenter is None and settings.segmenter.name == "clipseg":
-            segmenter = SegmenterProcess(
-                settings.segmenter.model, device=settings.device, batch_size=settings.segmenter.batch_size
-            )
-        self.segmenter: Segmenter = segmenter or make_segmenter(settings)
+    def __init__(self, settings: Settings, folder: str | None = None, models: RemoteModels | None = None) -> None:
+        self.settings, self._models = settings, models
+        self._process: ModelProcess | None = None
+        if models is None and settings.has_models:
+            self._process = ModelProcess(settings, settings.device)
+            self._models = self._process.models()
         filters = asdict(settings.filters)
         del filters["duplicate_distance"]
         self.store = SampleStore(
             "context",
             {
-                "made_by": make_generator(settings, self.segmenter).describe(),
+                "made_by": make_generator(settings, self._models).describe(),
                 "batch_size": settings.segmenter.batch_size,
                 "image": asdict(settings.image),
                 "filters": filters,
@@ -68,7 +66,7 @@ class OnlineContext:
         self._worker: Worker | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_worker": None}
+        return self.__dict__ | {"_worker": None, "_process": None}
 
     def ahead(self, wanted: Sequence[tuple[ShardSet, int]]) -> None:
         """See ``RecordMaker``."""
@@ -103,7 +101,7 @@ class OnlineContext:
         if not records:
             return made
         if self._worker is None:
-            self._worker = Worker(self.settings, self.segmenter)
+            self._worker = Worker(self.settings, models=self._models)
         rejected: list[dict[str, Any]] = []
         unit = Unit(0, tuple(records), tuple(records.values()), {})
         for sample in self._worker.samples(unit, rejected, [], Counter()):

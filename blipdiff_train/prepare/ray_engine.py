@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from blipdiff_train.prepare.models import Models, RemoteModels
+from blipdiff_train.prepare.models import ModelServer, RemoteModels
 from blipdiff_train.prepare.settings import Settings
 
 MAX_RETRIES = 3
@@ -66,20 +66,22 @@ class Cluster:
         """As :func:`blipdiff_train.prepare.local_engine.run_all`, with ``workers`` tasks under way in the cluster."""
         ray = self._ray
         actors = [
-            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"))(ModelsActor).remote(settings, device)
+            # as many at once as there may be tasks that ask
+            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"), max_concurrency=workers)(ModelActor).remote(
+                settings, device
+            )
             for device in devices
         ]
         task_of = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_work)
         ours = ray.put(settings)
         waiting, running = enumerate(tasks), set()
         try:
-            for actor in actors:
-                self._result(actor.load.remote())
+            facts = [self._result(actor.load.remote()) for actor in actors]
             while True:
                 while len(running) < workers and (numbered := next(waiting, None)) is not None:
                     number, task = numbered
-                    actor = actors[number % len(actors)] if actors else None
-                    running.add(task_of.remote(make, ours, actor, task))
+                    models = (actors[number % len(actors)], facts[number % len(actors)]) if actors else None
+                    running.add(task_of.remote(make, ours, models, task))
                 if not running:
                     return
                 finished, _ = ray.wait(list(running), num_returns=1)
@@ -121,29 +123,32 @@ def _knock(address: str) -> None:
 
 # ---- what runs in the cluster ----------------------------------------------------------------------------------------
 
-class ModelsActor:
-    """:class:`Models`, loaded in a call of its own: an error there reaches the driver as it is."""
+
+class ModelActor:
+    """:class:`ModelServer`, loaded in a call of its own: an error there reaches the driver as it is."""
 
     def __init__(self, settings: Settings, device: str) -> None:
         self._arguments = settings, device
 
-    def load(self) -> None:
-        self._models = Models(*self._arguments)
+    def load(self) -> dict[str, Any]:
+        self._server = ModelServer(*self._arguments)
+        return self._server.facts()
 
-    def call(self, method: str, *arguments: Any) -> tuple[Any, float]:
-        return self._models.call(method, *arguments)
+    def answer(self, *question: Any) -> tuple[Any, float]:
+        return self._server.answer(*question)
 
 
 _made: dict[Any, Callable[[Any], Any]] = {}
 """What this process has built, so that a task need not build it again; the last job's only."""
 
 
-def _work(make: Callable[..., Any], settings: Settings, actor: Any, task: Any) -> Any:
+def _work(make: Callable[..., Any], settings: Settings, models: tuple[Any, dict[str, Any]] | None, task: Any) -> Any:
     import ray
 
+    actor, facts = models or (None, {})
     key = (make, repr(settings), actor._actor_id if actor is not None else None)
     if key not in _made:
         _made.clear()
-        models = RemoteModels(lambda *call: ray.get(actor.call.remote(*call))) if actor is not None else None
-        _made[key] = make(settings, models=models)
+        remote = RemoteModels(lambda *question: ray.get(actor.answer.remote(*question)), facts) if models else None
+        _made[key] = make(settings, models=remote)
     return _made[key](task)

@@ -24,7 +24,7 @@ from blipdiff_train.common.files import sha256_file, write_json
 from blipdiff_train.common.images import ImageError, decode_image, load_image
 from blipdiff_train.context.generator import AnnotatedSample, ContextGenerator
 from blipdiff_train.context.rejection import Rejection
-from blipdiff_train.context.segmentation import AlphaSegmenter, CLIPSegSegmenter, GrabCutSegmenter, Segmenter
+from blipdiff_train.context.segmentation import AlphaSegmenter, GrabCutSegmenter
 from blipdiff_train.context.trimap import unknown_share
 from blipdiff_train.data.shards import write_shards
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
@@ -66,24 +66,19 @@ class Worker:
     """Everything a process needs for its units, built once; called with a unit, it does it.
 
     Args:
-        segmenter: instead of the one that the settings name, e.g. one that asks another process.
         models: CLIPSeg and captioner in a process of their own; None: in this one, if the settings want any.
     """
 
-    def __init__(
-        self, settings: Settings, segmenter: Segmenter | None = None, *, models: RemoteModels | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, *, models: RemoteModels | None = None) -> None:
         limit_threads()
         self.settings = settings
         self.models: Models | RemoteModels | None = models
-        if models is None and settings.has_models and (segmenter is None or settings.captioner.model is not None):
+        if models is None and settings.has_models:
             self.models = Models(settings, settings.device)
         self.generator: ContextGenerator | None = None
         self.provenance: dict[str, Any] = {}
         if settings.kind == "subjects":
-            if segmenter is None and settings.segmenter.name == "clipseg":
-                segmenter = self.models
-            self.generator = make_generator(settings, segmenter)
+            self.generator = make_generator(settings, self.models)
             self.provenance = self.generator.describe()
             if settings.captioner.model is not None:
                 self.provenance["captioner"] = self.models.describe_captioner()
@@ -237,14 +232,14 @@ class Worker:
         return found
 
     def _ask(self, seconds: Counter[str], step: str, who: Any, call: Callable[[], Any]) -> Any:
-        """A model's answer; what it took on the device and what was waited for it are two things."""
+        """A model's answer; what was waited for another process is no work for it."""
         before = time.perf_counter()
         answer = call()
         whole = time.perf_counter() - before
-        busy = who.busy_seconds if isinstance(who, (Models, RemoteModels)) else whole
-        seconds[step] += busy
+        waited = who.waited_seconds if isinstance(who, RemoteModels) else 0.0
+        seconds[step] += whole - waited
         if isinstance(who, RemoteModels):
-            seconds["wait for a model"] += whole - busy
+            seconds["wait for a model"] += waited
         return answer
 
     def _encode(
@@ -282,11 +277,11 @@ class Worker:
         return sample | {"json": facts}
 
 
-def make_generator(settings: Settings, segmenter: Segmenter | None = None) -> ContextGenerator:
-    """The generator that the settings describe, around ``segmenter`` if one is given."""
-    segmenter = segmenter or make_segmenter(settings)
+def make_generator(settings: Settings, models: Models | RemoteModels | None) -> ContextGenerator:
+    """The generator that the settings describe; ``models`` if they want any."""
+    segmenters = {"grabcut": GrabCutSegmenter, "alpha": AlphaSegmenter, "clipseg": lambda: models}
     return ContextGenerator(
-        segmenter,
+        segmenters[settings.segmenter.name](),
         foreground_threshold=settings.trimap.foreground_threshold,
         background_threshold=settings.trimap.background_threshold,
         margin=settings.trimap.margin,
@@ -294,16 +289,6 @@ def make_generator(settings: Settings, segmenter: Segmenter | None = None) -> Co
         foreground_colours=settings.matting.foreground_colours,
         max_unknown_share=settings.filters.unknown_share,
     )
-
-
-def make_segmenter(settings: Settings) -> Segmenter:
-    """The segmenter that the settings name, on their device."""
-    if settings.segmenter.name != "clipseg":
-        return {"grabcut": GrabCutSegmenter, "alpha": AlphaSegmenter}[settings.segmenter.name]()
-    import torch
-
-    torch.set_num_threads(1)
-    return CLIPSegSegmenter(settings.segmenter.model, device=settings.device, batch_size=settings.segmenter.batch_size)
 
 
 def read_photograph(data: bytes, record: Record, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:

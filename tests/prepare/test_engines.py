@@ -54,7 +54,7 @@ class Watched(work.Worker):
     def __call__(self, unit):
         family = psutil.Process(os.getppid()).children()
         names = [" ".join(child.cmdline()) for child in family]
-        count = sum("spawn_main" in name for name in names)
+        count = sum("spawn_main" in name or "import serve" in name for name in names)
         Path(self.settings.output, f"seen-{os.getpid()}-{count}").touch()
         return super().__call__(unit)
 

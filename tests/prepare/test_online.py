@@ -21,9 +21,9 @@ from blipdiff_train.data.faults import read_quarantine
 from blipdiff_train.data.shards import SampleError, ShardSet, write_shards
 from blipdiff_train.data.toybox.write import photographs as toy_photographs
 from blipdiff_train.prepare.job import run
+from blipdiff_train.prepare.models import ModelProcess
 from blipdiff_train.prepare.online import OnlineContext
-from blipdiff_train.prepare.segmenter_process import SegmenterProcess
-from blipdiff_train.prepare.settings import make_settings
+from blipdiff_train.prepare.settings import Settings, make_settings
 from blipdiff_train.prepare.work import Worker, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,14 +39,17 @@ TOY = {
 
 @pytest.fixture(scope="module")
 def clipseg():
-    process = SegmenterProcess(CLIPSEG, device="cpu", batch_size=4)
-    yield process
+    process = ModelProcess(settings_of(TOY), "cpu")
+    yield process.models()
     process.close()
 
 
-def online(settings: dict, folder: Path | None = None, segmenter=None) -> OnlineContext:
-    made = make_settings({"input": "i", "output": "o", **settings})
-    return OnlineContext(made, None if folder is None else str(folder), segmenter)
+def settings_of(settings: dict) -> Settings:
+    return make_settings({"input": "i", "output": "o", **settings})
+
+
+def online(settings: dict, folder: Path | None = None, models=None) -> OnlineContext:
+    return OnlineContext(settings_of(settings), None if folder is None else str(folder), models)
 
 
 def prepare(source: Path, output: Path, settings: dict) -> dict[str, int]:
@@ -106,11 +109,11 @@ def _ask(context: OnlineContext, shards: ShardSet, groups: list[list[int]]) -> N
 def test_two_processes_make_the_bytes_that_prepare_writes(kind, plain, toys, prepared_toys, clipseg, tmp_path):
     """Each in other groups than `prepare`'s batches, some photographs in both."""
     if kind == "grabcut":
-        source, settings, output, segmenter = plain, GRABCUT, tmp_path / "prepared", None
+        source, settings, output, models = plain, GRABCUT, tmp_path / "prepared", None
         assert sum(prepare(source, output, settings).values()) == 4
     else:
-        source, settings, output, segmenter = toys, TOY, prepared_toys, clipseg
-    context, shards = online(settings, tmp_path / "store", segmenter), ShardSet(str(source))
+        source, settings, output, models = toys, TOY, prepared_toys, clipseg
+    context, shards = online(settings, tmp_path / "store", models), ShardSet(str(source))
     groups = [[[0, 1, 2, 3, 4, 4], [9], [8, 7]], [[11], [10, 9, 8], [7, 6, 5]]]
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=_ask, args=(context, shards, part)) for part in groups]
@@ -157,12 +160,12 @@ def content(batches) -> list:
 
 def test_batches_are_those_of_prepared_shards_and_made_once(toys, prepared_toys, clipseg, monkeypatch):
     expected = content(module(prepared_toys).train_dataloader())
-    context = online(TOY, segmenter=clipseg)
+    context = online(TOY, models=clipseg)
     assert content(module(toys, maker=context, num_workers=2).train_dataloader()) == expected
     made = sorted((toys / ".made").rglob("*.entry"))
     assert len(made) == 18
     monkeypatch.setattr(Worker, "samples", lambda *_: pytest.fail("made twice"))
-    again = module(toys, maker=online(TOY, segmenter=clipseg), micro_batch_size=2)
+    again = module(toys, maker=online(TOY, models=clipseg), micro_batch_size=2)
     again.set_position(16)  # a resumed run
     assert [text for batch in again.train_dataloader() for text in batch.caption] == [
         text for _, _, texts, _ in expected[4:] for text in texts
@@ -196,52 +199,3 @@ def test_other_thresholds_make_other_mattes(plain, tmp_path):
     assert one.record(shards, 0)["alpha.png"] != other.record(shards, 0)["alpha.png"]
     assert len(list(tmp_path.iterdir())) == 2
     assert one.record(shards, 0)["alpha.png"] == online(GRABCUT, tmp_path).record(shards, 0)["alpha.png"]
-
-
-# ---------------------------------------------------------------------------------------------- its process
-
-
-@pytest.mark.slow
-def test_a_segmenter_that_is_not_there_is_an_error_at_the_start(tmp_path):
-    with pytest.raises(ValueError, match=r"the segmenter .*nowhere cannot be used on cpu: "):
-        SegmenterProcess(str(tmp_path / "nowhere"), device="cpu", batch_size=2)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-def test_a_segmenter_that_dies_is_named_and_one_without_its_run_ends():
-    code = (
-        "import sys, time\n"
-        "from blipdiff_train.prepare.segmenter_process import SegmenterProcess\n"
-        f"process = SegmenterProcess({CLIPSEG!r}, device='cpu', batch_size=2)\n"
-        "print(process._process.pid, flush=True)\n"
-        "time.sleep(100)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    here = SegmenterProcess(CLIPSEG, device="cpu", batch_size=2)
-    image = draw(0)
-    (answer,) = here.segment([image], ["ball"])
-    assert answer.shape == image.shape[:2]
-    os.kill(here._process.pid, signal.SIGTERM)  # schedulers send it to every process of a job
-    assert np.array_equal(here.segment([image], ["ball"])[0], answer)
-    os.kill(here._process.pid, signal.SIGKILL)
-    here._process.wait()
-    with pytest.raises(RuntimeError, match=r"the segmenter's process ended .* mattes that are finished are kept"):
-        here.segment([image], ["ball"])
-    here.close()
-
-    pid = int(parent.stdout.readline())
-    assert alive(pid)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 30
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pid)
