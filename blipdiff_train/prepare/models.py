@@ -192,7 +192,7 @@ class ModelServer:
 
 
 class ModelProcess:
-    """A process of its own with a :class:`ModelServer`; it ends with :meth:`close`, and with this process.
+    """A process of its own with a :class:`ModelServer`; its end is :meth:`close`, or that of this object or process.
 
     Args:
         settings: of the job.

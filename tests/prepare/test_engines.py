@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import multiprocessing
 import os
 import signal
@@ -128,23 +129,37 @@ def test_a_worker_that_dies_is_replaced_once(photographs, tmp_path, monkeypatch)
     assert bytes_of(dying) == bytes_of(tmp_path / "whole")
 
 
-def test_a_killed_job_takes_its_processes_with_it(photographs, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill -9", "Ctrl-C"])
+def test_a_job_that_is_ended_takes_its_processes_with_it_and_goes_on(end, photographs, tmp_path):
     settings = {"photographs_per_shard": 1, "progress": False, "filters": {"blur": 1.0, "duplicate_distance": None}}
-    arguments = settings | {"input": str(photographs), "output": str(tmp_path / "killed"), "workers": 2}
+    settings |= {"segmenter": {"name": "clipseg", "model": str(CLIPSEG), "batch_size": 2}, "accelerator": "cpu"}
+    arguments = settings | {"input": str(photographs), "output": str(tmp_path / "ended"), "workers": 2, "devices": 2}
     code = f"from blipdiff_train.prepare.job import run\nif __name__ == '__main__': run(**{arguments!r})"
     (tmp_path / "job.py").write_text(code)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "job.py")], cwd=REPOSITORY, env=environment())
-    wait_for(lambda: list((tmp_path / "killed").glob("shard-*.tar")) or process.poll() is not None)
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "job.py")],
+        cwd=REPOSITORY,
+        env=environment() | {"TMPDIR": str(tmp_path / "scratch")},
+        start_new_session=True,
+    )
+    wait_for(lambda: list((tmp_path / "ended").glob("shard-*.tar")) or process.poll() is not None)
     children = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
+    if end == "kill -9":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     process.wait()
-    assert len(children) >= 2
+    assert len(children) >= 4
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    assert len(list((tmp_path / "killed/.job").glob("unit-*.json"))) < 18, "the job was over before it could be killed"
-    job.run(**arguments | {"workers": 1})
-    job.run(**arguments | {"workers": 1, "output": str(tmp_path / "whole")})
-    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "scratch").iterdir()} <= {f"torchinductor_{getpass.getuser()}"}
+    assert len(list((tmp_path / "ended/.job").glob("unit-*.json"))) < 18, "the job was over before it could be ended"
+    here = arguments | {"workers": 1, "devices": None}
+    job.run(**here)
+    job.run(**here | {"output": str(tmp_path / "whole")})
+    assert bytes_of(tmp_path / "ended") == bytes_of(tmp_path / "whole")
 
 
 def environment() -> dict[str, str]:

@@ -18,8 +18,6 @@ from pictures import draw
 
 import blipdiff_train
 from blipdiff_train.context.segmentation import CLIPSegSegmenter, to_square
-from blipdiff_train.data.shards import write_shards
-from blipdiff_train.data.toybox.write import photographs as toy_photographs
 from blipdiff_train.prepare.captioning import Captioner
 from blipdiff_train.prepare.models import ModelProcess, ModelServer
 from blipdiff_train.prepare.settings import Settings, make_settings
@@ -159,28 +157,34 @@ def test_a_model_that_is_not_there_and_a_process_that_dies_while_loading_are_tol
 
 
 TRAINER = """
-import sys
-from blipdiff_train.data.datamodule import ShardDataModule
-from blipdiff_train.prepare.online import OnlineContext
+from pictures import draw
 from test_models import settings_of
+from torch.utils.data import DataLoader, Dataset
 
-if __name__ == "__main__":
-    context = OnlineContext(settings_of(image={{"shortest_side_px": 16}}, filters={{"blur": None}}))
-    data = ShardDataModule(
-        stage=2, shards={shards!r}, global_batch_size=4, micro_batch_size=4, total_steps=1000, seed=0, image_size=16,
-        target_size=32, shuffle_window=1, num_workers=2, maker=context,
-    )
-    for _ in data.train_dataloader():
-        print("step", flush=True)
+from blipdiff_train.prepare.models import ModelProcess
+
+
+process = ModelProcess(settings_of(), "cpu")
+models = process.models()
+
+
+class Photographs(Dataset):
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, number):
+        return models.segment([draw(number % 8)], ["ball"])[0]
+
+
+for _ in DataLoader(Photographs(), batch_size=2, num_workers=2):
+    print("step", flush=True)
 """
 
 
 @pytest.mark.slow
 def test_a_trainer_that_is_killed_leaves_no_process_and_no_folder(tmp_path):
-    samples = [{**sample, "__key__": f"{n:09d}"} for n, sample in enumerate(toy_photographs(8))]
-    write_shards(samples, tmp_path / "shards", samples_per_shard=8)
+    (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "scratch").mkdir()
-    (tmp_path / "trainer.py").write_text(TRAINER.format(shards=str(tmp_path / "shards")))
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     trainer = subprocess.Popen(
         [sys.executable, str(tmp_path / "trainer.py")],
@@ -194,5 +198,6 @@ def test_a_trainer_that_is_killed_leaves_no_process_and_no_folder(tmp_path):
     trainer.wait()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
-    # torch's own way to hand tensors over leaves one, if a loader is interrupted in it
-    assert [path.name for path in (tmp_path / "scratch").iterdir() if not path.name.startswith("pymp-")] == []
+    # torch leaves some: of a loader that is interrupted while it hands a tensor over, and of its compiler
+    left = {path.name.partition("-")[0].partition("_")[0] for path in (tmp_path / "scratch").iterdir()}
+    assert left <= {"pymp", "torchinductor"}
