@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_that_the_same_command_continues(
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("shards/shard-*.tar")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob("shards/.job/unit-*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -143,9 +143,9 @@ def test_a_process_answers_as_the_models_here_and_says_what_they_are(captioner):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_there_and_a_process_that_dies_while_loading_are_told_apart(tmp_path):
-    process = ModelProcess(settings_of(tmp_path / "nowhere"), "cpu")
-    with pytest.raises(ValueError, match=r"segmenter.model=.*nowhere: cannot be loaded onto cpu: "):
+def test_a_model_that_cannot_be_loaded_and_a_process_that_dies_while_loading_are_told_apart(tmp_path):
+    process = ModelProcess(settings_of(tmp_path), "cpu")  # an empty folder
+    with pytest.raises(ValueError, match=r"segmenter.model=.*: cannot be loaded onto cpu: "):
         process.models()
     process.close()
     assert process._process.returncode == 0  # it was not killed
