@@ -93,15 +93,40 @@ def decode_image(data: bytes, *, name: str, mode: str = "RGB", max_pixels: int =
         if width * height > max_pixels:
             raise ImageError(f"{name}: {width}×{height} pixels, more than the limit of {max_pixels}")
         image.load()
+        if image.mode.startswith("I"):
+            # 16 bits of grey, which Pillow would clip at 255 and not scale
+            image = image.convert("I").point(lambda value: value * (255 / 65535)).convert("L")
         return ImageOps.exif_transpose(image).convert(mode)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a {', '.join(FORMATS)} image") from error
+        raise ImageError(f"{name}: {_what_else(data)}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: far more pixels than the limit of {max_pixels}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"{name}: cannot be decoded: {error}") from error
+
+
+_OTHER_FORMATS = (
+    # (where, bytes there, name): ISO/IEC 23008-12 and the AVIF, GIF, TIFF and BMP formats
+    *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")),
+    (4, b"ftypavif", "AVIF"),
+    (0, b"GIF8", "GIF"),
+    (0, b"II*\0", "TIFF or camera raw"),
+    (0, b"MM\0*", "TIFF or camera raw"),
+    (0, b"BM", "BMP"),
+)
+
+
+def _what_else(data: bytes) -> str:
+    """What bytes are that are none of :data:`FORMATS`, and what to do."""
+    if not data:
+        return "the file is empty"
+    expected = f"only {', '.join(FORMATS)} are read"
+    for start, mark, what in _OTHER_FORMATS:
+        if data.startswith(mark, start):
+            return f"a {what} image, {expected}; convert it, e.g. by ImageMagick's `magick FILE FILE.jpg`"
+    return f"not an image, or a damaged one: {expected}"
 
 
 def load_image(path: str | Path, *, mode: str = "RGB", max_pixels: int = MAX_PIXELS) -> Image.Image:

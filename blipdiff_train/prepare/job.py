@@ -42,6 +42,9 @@ HASH_CHUNK = 256
 class Summary:
     """How a job ended. ``rejected`` counts by cause; ``seconds`` is the time of this run alone.
 
+    ``not_chosen`` counts, by cause, the photographs in which OpenImages' tables show no salient subject: they are not
+    among ``num_photographs``.
+
     ``num_units_missing`` counts what other parts have not finished yet.
     """
 
@@ -53,17 +56,23 @@ class Summary:
     num_units_reused: int
     num_units_missing: int
     seconds: float
+    not_chosen: dict[str, int]
 
     def __str__(self) -> str:
-        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.rejected.items(), key=lambda c: -c[1]))
         again = f" ({_count(self.num_units_reused, 'shard')} from before)" if self.num_units_reused else ""
         if self.num_units_missing:
             again += f", {self.num_units_missing} to be made by other parts or steps"
+        not_chosen = f"left out by openimages: {_by_cause(self.not_chosen)}\n" if self.not_chosen else ""
         return (
-            f"{_count(self.num_samples, 'sample')} of {_count(self.num_photographs, 'photograph')} in "
+            f"{not_chosen}{_count(self.num_samples, 'sample')} of {_count(self.num_photographs, 'photograph')} in "
             f"{_count(self.num_shards, 'shard')}{again}, {self.seconds:.0f} s → {self.output}\n"
-            f"rejected: {sum(self.rejected.values())}" + (f" ({causes})" if causes else "")
+            f"rejected: {_by_cause(self.rejected)}"
         )
+
+
+def _by_cause(causes: dict[str, int]) -> str:
+    named = ", ".join(f"{cause} {count}" for cause, count in sorted(causes.items(), key=lambda entry: -entry[1]))
+    return f"{sum(causes.values())}" + (f" ({named})" if named else "")
 
 
 def run(*, progress: bool = True, **values: Any) -> Summary:
@@ -86,13 +95,18 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         RuntimeError: a worker process died (out of memory?); run again to resume.
     """
     settings = locate(make_settings(values))
+    if settings.input == settings.output:
+        raise ValueError(f"output={values['output']} is the input too; choose another output")
     started = time.perf_counter()
+    not_chosen: Counter[str] = Counter()
     records = list_records(
         settings.input,
         categories=settings.categories,
         captions=settings.captions,
         openimages=settings.openimages,
         limit=settings.limit,
+        leave_out=settings.output,
+        not_chosen=not_chosen,
     )
     output = Path(settings.output)
     if settings.kind == "subjects" and not any(record.subject_text for record in records):
@@ -140,6 +154,7 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         num_units_reused=reused,
         num_units_missing=len(missing),
         seconds=time.perf_counter() - started,
+        not_chosen=dict(not_chosen),
     )
     if missing or settings.part:
         return summary
@@ -217,8 +232,6 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
     Raises:
         ValueError: it holds a job with other settings or inputs and ``overwrite`` is false, or the photographs.
     """
-    if output == Path(settings.input):
-        raise ValueError(f"output={output} is the input too; choose another output")
     digest = hashlib.sha256()
     for record in records:
         # where the folder lies does not matter, what is in it does
@@ -271,7 +284,7 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _stat(file: str) -> tuple[int, int] | None:
     try:
         status = os.stat(file)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
 

@@ -155,8 +155,9 @@ class Worker:
     def _read(self, number: int, record: Record, duplicate_of: str | None) -> Photograph | Rejection:
         if duplicate_of is not None:
             return Rejection("duplicate", f"looks like {duplicate_of}; lower filters.duplicate_distance to keep both")
-        if self.settings.kind == "subjects" and not record.subject_text:
-            return Rejection("no_category", "no sub-folder, column or file names its category; set categories=…")
+        if self.settings.kind == "subjects" and not record.subject_text and record.problem is None:
+            words = "no sub-folder, column or file names its category (a number is none); set categories=…"
+            return Rejection("no_category", words)
         try:
             data = record.read()
             image, mask = read_photograph(data, record, self.settings)

@@ -132,7 +132,7 @@ def test_a_photograph_is_turned_upright(tmp_path) -> None:
 def test_other_formats_are_not_even_tried() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, format="TIFF")
-    with pytest.raises(ImageError, match="not a JPEG, PNG, WEBP image"):
+    with pytest.raises(ImageError, match="only JPEG, PNG, WEBP are read"):
         decode_image(buffer.getvalue(), name="x.tif")
 
 
