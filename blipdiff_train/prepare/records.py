@@ -258,9 +258,9 @@ def _from_table(table: Path, categories: str | None) -> list[Record]:
                 f"categories={categories}: {table} has no such column, it has {', '.join(columns)}; did you mean "
                 f"{similar[0]}?"
             )
-    records = []
+    records: list[Record] = []
     for number, row in enumerate(rows, start=1):
-        name, mask = _first(row, (path_column,)), _first(row, ("mask",))
+        name, mask = (_as_path(_first(row, (column,)), table.parent) for column in (path_column, "mask"))
         records.append(
             Record(
                 name=_printable(name) if name else f"{table.name}, row {number}",
@@ -271,7 +271,20 @@ def _from_table(table: Path, categories: str | None) -> list[Record]:
                 problem=None if name else f"its {path_column} is empty",
             )
         )
+    first = [record for record in records[:100] if record.problem is None]
+    if first and not any(os.path.isfile(record.file) for record in first):
+        raise ValueError(
+            f"input={table}: none of its first {len(first)} photographs is there, e.g. {first[0].file}; paths are "
+            "relative to the table's folder"
+        )
     return records
+
+
+def _as_path(name: str | None, folder: Path) -> str | None:
+    """``name``, with slashes where it was written on Windows."""
+    if name is None or "\\" not in name or (folder / name).exists():
+        return name
+    return name.replace("\\", "/")
 
 
 def _no_path(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -334,9 +347,7 @@ def _read_rows(table: Path) -> tuple[list[str], list[dict[str, Any]]]:
         if suffix == ".parquet":
             return _read_parquet(table)
         text = table.read_text("utf-8-sig")
-        # not splitlines: JSON leaves U+2028 and its like as they are
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines] if suffix == ".jsonl" else json.loads(text)
+        rows = _json_lines(text) if suffix == ".jsonl" else json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{table}: is not UTF-8 ({error}); save it as UTF-8") from error
     except (json.JSONDecodeError, csv.Error) as error:
@@ -345,6 +356,17 @@ def _read_rows(table: Path) -> tuple[list[str], list[dict[str, Any]]]:
         raise ValueError(f"{table}: expected a list of objects, one a photograph")
     rows = [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
     return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    # not splitlines: JSON leaves U+2028 and its like as they are
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(f"line {number} of the file: {error.msg}", error.doc, error.pos) from error
+    return rows
 
 
 def _read_csv(table: Path) -> tuple[list[str], list[dict[str, Any]]]:
