@@ -325,7 +325,7 @@ class PrepareReport:
 @dataclass(frozen=True)
 class PrepareConfig:
     input: str | None = key(
-        "folder, .tar (or a folder of tars), .csv, .parquet, .json or .jsonl; null: toy photographs"
+        "folder of photographs or tars, .tar, .csv, .tsv, .parquet, .json or .jsonl; null: toy photographs"
     )
     output: str = key("folder for shards, index, rejected.jsonl, report.html")
     kind: Literal["subjects", "backgrounds"] = key(
@@ -333,10 +333,11 @@ class PrepareConfig:
     )
     overwrite: bool = key("remove a job in output made with other settings or inputs")
     categories: str | None = key(
-        "null: name of the sub-folder, or the table's column; a .csv/.json file of path → category; or one for all"
+        "null: name of the sub-folder, the .json's or the table's column; a table's other column; a .csv/.json file of "
+        "path → category; or one for all"
     )
     captions: str | None = key(
-        "null: sidecar .txt or the table's column; or a .csv/.json file of path → caption"
+        "null: the .txt or .json beside it, or the table's column; or a .csv/.json file of path → caption"
     )
     openimages: dict | None = key(
         "{boxes: csv, classes: csv, labels: csv, area: [0.1, 0.8], dominance: 2, exclude: [names]}; only the first two "

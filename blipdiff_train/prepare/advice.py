@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 CAUSES = {
-    "unreadable": "the file is damaged, too large (image.max_pixels), or may not be read",
+    "unreadable": "the file is damaged, of a format that is not read, too large (image.max_pixels), or may not be read",
     "too_few_pixels": "lower image.shortest_side_px to keep more",
     "blurred": "lower filters.blur to keep more, null keeps all",
     "duplicate": "lower filters.duplicate_distance to keep more, null keeps all",

@@ -230,7 +230,7 @@ def claim_output(output: Path, settings: Settings, records: Sequence[Record]) ->
     """Make the folder this job's own, or recognise it as such. A job that has not finished any shard is replaced.
 
     Raises:
-        ValueError: it holds a job with other settings or inputs and ``overwrite`` is false, or the photographs.
+        ValueError: it holds a job with other settings or inputs and ``overwrite`` is false.
     """
     digest = hashlib.sha256()
     for record in records:

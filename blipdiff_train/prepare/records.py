@@ -508,4 +508,8 @@ def _clean(text: str | None) -> str | None:
 
 def _printable(name: str) -> str:
     """A file's name as text: what is not UTF-8 escaped, and accents composed (macOS keeps them apart)."""
-    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())
+    try:
+        data = os.fsencode(name)
+    except UnicodeEncodeError:  # of a JSON file, and no file's name
+        data = name.encode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", data.decode("utf-8", "backslashreplace"))
