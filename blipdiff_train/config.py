@@ -311,6 +311,11 @@ class PrepareFilters:
     unknown_share: float | None = key("largest unknown share of the trimap", low=0.0, high=1.0)
     blur: float | None = key("smallest variance of the Laplacian of the grey photograph (0..255)", low=0.0)
     num_components: int | None = key("most separate parts of the matte, each at least 1 % of it", low=1)
+    agreement: float | None = key(
+        "smallest IoU of the matte with what GrabCut finds from the whole frame, a second cut for each photograph",
+        low=0.0,
+        high=1.0,
+    )
     duplicate_distance: int | None = key(
         "perceptual hashes (64 bits) this near are duplicates", low=0, high=16
     )

@@ -131,12 +131,10 @@ class GrabCutSegmenter:
 
     def _segment(self, image: np.ndarray) -> np.ndarray | Rejection:
         rows, columns = image.shape[:2]
-        factor = min(1.0, self.size_px / max(rows, columns))
-        shape = max(8, round(columns * factor)), max(8, round(rows * factor))
-        small = cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
+        small = shrink(image, self.size_px)
         mask = initial_mask(small)
         try:
-            cut = self._cut(small, mask)
+            cut = grab_cut(small, mask, self.iterations)
         except cv2.error as error:
             return Rejection("segmenter_failed", f"GrabCut: {str(error).strip().splitlines()[-1]}; drop the sample")
         if not cut.any():
@@ -144,15 +142,6 @@ class GrabCutSegmenter:
         soft = cv2.resize(cut.astype(np.float32), (columns, rows), interpolation=cv2.INTER_LINEAR)
         sigma = self.softness * max(rows, columns)
         return np.clip(cv2.GaussianBlur(soft, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE), 0, 1)
-
-    def _cut(self, small: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Binary subject (0 or 1 uint8) after the cut, without specks and without parts far from the centre."""
-        cv2.setRNGSeed(0)  # GrabCut's k-means draws from OpenCV's global generator
-        background_model, foreground_model = np.zeros((1, 65)), np.zeros((1, 65))
-        bgr = np.ascontiguousarray(small[..., ::-1])
-        mask = mask.copy()
-        cv2.grabCut(bgr, mask, None, background_model, foreground_model, self.iterations, cv2.GC_INIT_WITH_MASK)
-        return keep_central_parts(np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8))
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -206,13 +195,66 @@ def to_photograph(answer: np.ndarray, image: np.ndarray) -> np.ndarray:
     return np.clip(cv2.resize(answer, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR), 0, 1)
 
 
+def shrink(image: np.ndarray, size_px: int) -> np.ndarray:
+    """``image`` (H W 3 uint8) with its longest side at most ``size_px`` and its shortest at least 8."""
+    rows, columns = image.shape[:2]
+    factor = min(1.0, size_px / max(rows, columns))
+    shape = max(8, round(columns * factor)), max(8, round(rows * factor))
+    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA)
+
+
+def grab_cut(small: np.ndarray, mask: np.ndarray, iterations: int = 5) -> np.ndarray:
+    """GrabCut of H W 3 uint8 from a start (H W uint8 of its four labels), without specks and parts far from the centre.
+
+    Returns:
+        H W uint8, 1 for the subject.
+
+    Raises:
+        cv2.error: a start without probable subject or without background.
+    """
+    cv2.setRNGSeed(0)  # GrabCut's k-means draws from OpenCV's global generator
+    background_model, foreground_model = np.zeros((1, 65)), np.zeros((1, 65))
+    bgr = np.ascontiguousarray(small[..., ::-1])
+    mask = mask.copy()
+    cv2.grabCut(bgr, mask, None, background_model, foreground_model, iterations, cv2.GC_INIT_WITH_MASK)
+    return keep_central_parts(np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8))
+
+
+def whole_frame_cut(image: np.ndarray, size_px: int = 128) -> np.ndarray:
+    """A second opinion on where the subject is: GrabCut as Rother et al. (2004) start it, with a rectangle.
+
+    The rectangle is the frame without its border; no prior says where in it the subject is.
+
+    Args:
+        image: H W 3 uint8.
+        size_px: longest side at which the cut is computed. At 128 px it tells good mattes from others as well as at
+            256 and costs a sixth.
+
+    Returns:
+        h w uint8, 1 for the subject, at the size of the cut; all 0 where GrabCut finds none.
+    """
+    small = shrink(image, size_px)
+    mask = np.where(frame_border(small), cv2.GC_BGD, cv2.GC_PR_FGD).astype(np.uint8)
+    try:
+        return grab_cut(small, mask)
+    except cv2.error:
+        return np.zeros_like(mask)
+
+
+def frame_border(small: np.ndarray) -> np.ndarray:
+    """H W bool: the outer 4 % of the shortest side, which GrabCut takes for background."""
+    rows, columns = small.shape[:2]
+    edge_px = max(1, round(0.04 * min(rows, columns)))
+    border = np.zeros((rows, columns), bool)
+    border[:edge_px], border[-edge_px:], border[:, :edge_px], border[:, -edge_px:] = True, True, True, True
+    return border
+
+
 def initial_mask(small: np.ndarray) -> np.ndarray:
     """GrabCut's start (H W uint8 of its four labels) from contrast to the border and nearness to the centre."""
     rows, columns = small.shape[:2]
     lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB).astype(np.float32)
-    edge_px = max(1, round(0.04 * min(rows, columns)))
-    border = np.zeros((rows, columns), bool)
-    border[:edge_px], border[-edge_px:], border[:, :edge_px], border[:, -edge_px:] = True, True, True, True
+    border = frame_border(small)
     cv2.setRNGSeed(0)
     _, _, centres = cv2.kmeans(
         lab[border], min(6, int(border.sum())), None, (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 1.0), 1,

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from blipdiff_train.context.rejection import Rejection
+from blipdiff_train.context.segmentation import whole_frame_cut
 from blipdiff_train.prepare.settings import FilterSettings
 
 
@@ -71,6 +72,18 @@ def measure_matte(alpha_matte: np.ndarray) -> dict[str, float]:
     }
 
 
+def measure_agreement(image: np.ndarray, alpha_matte: np.ndarray) -> float:
+    """IoU in [0, 1] of the matte (H W uint8) with :func:`whole_frame_cut` of its photograph (H W 3 uint8).
+
+    Where the colours decide, GrabCut finds the same subject from any start; where they do not, the start does. A low
+    agreement therefore says that one of two cuts is wrong, and a high one only that both are, or neither is.
+    """
+    cut = whole_frame_cut(image) > 0
+    solid = cv2.resize(alpha_matte, cut.shape[::-1], interpolation=cv2.INTER_AREA) >= 128
+    union = np.count_nonzero(cut | solid)
+    return round(np.count_nonzero(cut & solid) / union, 6) if union else 0.0
+
+
 def check_photograph(image: np.ndarray, filters: FilterSettings) -> Rejection | None:
     """Whether the photograph is too blurred to learn from."""
     if filters.blur is None or (value := sharpness(image)) >= filters.blur:
@@ -101,3 +114,11 @@ def check_matte(measures: dict[str, float], filters: FilterSettings) -> Rejectio
         limit = f"expected ≤ {filters.num_components} (filters.num_components)"
         return Rejection("in_pieces", f"the matte has {parts} separate parts, {limit}")
     return None
+
+
+def check_agreement(agreement: float, limit: float) -> Rejection | None:
+    """Whether another cut of the photograph contradicts the matte."""
+    if agreement >= limit:
+        return None
+    expected = f"IoU {agreement:.1%}, expected ≥ {limit:.1%} (filters.agreement)"
+    return Rejection("disputed", f"GrabCut from the whole frame finds another subject or none: {expected}")

@@ -178,7 +178,9 @@ def _thumbnail(record: Record, settings: Settings) -> np.ndarray | None:
 
 
 def _histograms(samples: Sequence[Mapping[str, Any]]) -> str:
-    charts = (("area", "area of the matte"), ("unknown_share", "unknown share"), ("border_contact", "border contact"))
+    charts = [("area", "area of the matte"), ("unknown_share", "unknown share"), ("border_contact", "border contact")]
+    if "agreement" in samples[0]:  # measured only where it is asked for
+        charts.append(("agreement", "agreement with a second cut"))
     return '<div class="charts">' + "".join(_chart([s[key] for s in samples], name) for key, name in charts) + "</div>"
 
 

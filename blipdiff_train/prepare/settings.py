@@ -74,6 +74,7 @@ class FilterSettings:
     unknown_share: float | None = 0.5
     blur: float | None = 10.0
     num_components: int | None = 5
+    agreement: float | None = None
     duplicate_distance: int | None = 4
 
 
@@ -261,6 +262,7 @@ def _problems(s: Settings) -> list[str]:
     need(good, "filters.area", area, "[smallest, largest] share of the frame, or null")
     share("filters.border_contact", s.filters.border_contact)
     share("filters.unknown_share", s.filters.unknown_share)
+    share("filters.agreement", s.filters.agreement)
     blur, parts, distance = s.filters.blur, s.filters.num_components, s.filters.duplicate_distance
     need(blur is None or blur >= 0, "filters.blur", blur, "null or a variance ≥ 0")
     need(parts is None or parts >= 1, "filters.num_components", parts, "null or at least 1")

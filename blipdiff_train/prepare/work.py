@@ -28,7 +28,14 @@ from blipdiff_train.context.segmentation import AlphaSegmenter, GrabCutSegmenter
 from blipdiff_train.context.trimap import unknown_share
 from blipdiff_train.data.shards import write_shards
 from blipdiff_train.data.tar_index import INDEX_SUFFIX
-from blipdiff_train.prepare.filters import check_matte, check_photograph, measure_matte, perceptual_hash
+from blipdiff_train.prepare.filters import (
+    check_agreement,
+    check_matte,
+    check_photograph,
+    measure_agreement,
+    measure_matte,
+    perceptual_hash,
+)
 from blipdiff_train.prepare.models import Models, RemoteModels
 from blipdiff_train.prepare.records import Record
 from blipdiff_train.prepare.settings import Settings
@@ -139,8 +146,7 @@ class Worker:
                 if isinstance(result, Rejection):
                     reject(photograph, result)
                     continue
-                measures = {} if result is None else measure_matte(result.alpha_matte)
-                refused = None if result is None else check_matte(measures, self.settings.filters)
+                measures, refused = self._judge(result, seconds)
                 if refused is not None:
                     reject(photograph, refused)
                 else:
@@ -205,6 +211,19 @@ class Worker:
         except (ArithmeticError, ValueError, cv2.error) as error:
             # one photograph that the numerics cannot bear must not end a job of 300,000
             return Rejection("matting_failed", f"{type(error).__name__}: {error}; drop the sample")
+
+    def _judge(self, result: AnnotatedSample | None, seconds: Counter[str]) -> tuple[dict[str, Any], Rejection | None]:
+        """What the filters measure on a matte, and whether one of them refuses it; the costly one is asked last."""
+        filters = self.settings.filters
+        if result is None:
+            return {}, None
+        measures = measure_matte(result.alpha_matte)
+        refused = check_matte(measures, filters)
+        if refused is None and filters.agreement is not None:
+            with _timer(seconds, "agreement"):
+                measures["agreement"] = measure_agreement(result.image, result.alpha_matte)
+            refused = check_agreement(measures["agreement"], filters.agreement)
+        return measures, refused
 
     def _captions(self, batch: Sequence[Photograph], seconds: Counter[str]) -> list[tuple[str | None, str]]:
         """Caption and where it is from, for each photograph that stays: only these are worth a model's time."""
@@ -397,5 +416,5 @@ def _rejection(number: int, record: Record, rejection: Rejection) -> dict[str, A
 
 
 def _measures(facts: dict[str, Any]) -> dict[str, Any]:
-    names = ("subject", "caption_source", "area", "border_contact", "num_components", "unknown_share")
+    names = ("subject", "caption_source", "area", "border_contact", "num_components", "unknown_share", "agreement")
     return {name: facts[name] for name in names if name in facts}

@@ -8,7 +8,13 @@ import pytest
 
 from blipdiff_train.context.generator import AnnotatedSample, ContextGenerator
 from blipdiff_train.context.rejection import Rejection
-from blipdiff_train.context.segmentation import AlphaSegmenter, CLIPSegSegmenter, GrabCutSegmenter, keep_central_parts
+from blipdiff_train.context.segmentation import (
+    AlphaSegmenter,
+    CLIPSegSegmenter,
+    GrabCutSegmenter,
+    keep_central_parts,
+    whole_frame_cut,
+)
 
 
 def ball(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +44,27 @@ def test_grabcut_finds_a_plain_subject_and_repeats_itself(rows, columns):
 def test_grabcut_on_nothing_at_all_is_no_crash(shape):
     (result,) = GrabCutSegmenter().segment([np.full((*shape, 3), 77, np.uint8)], [""])
     assert isinstance(result, Rejection) or result.shape == shape
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 96), (61, 133), (301, 400)])
+def test_a_second_cut_without_a_prior_finds_a_subject_anywhere_and_repeats_itself(rows, columns):
+    image, mask = ball(rows, columns)
+    shift = columns // 6
+    moved, moved_mask = np.roll(image, shift, axis=1), np.roll(mask, shift, axis=1)
+    cv2.setRNGSeed(5)
+    first = whole_frame_cut(moved)
+    cv2.setRNGSeed(6)
+    assert np.array_equal(first, whole_frame_cut(moved))
+    assert first.dtype == np.uint8
+    assert max(first.shape) == min(128, max(rows, columns))
+    found = cv2.resize(first, (columns, rows), interpolation=cv2.INTER_NEAREST) > 0
+    assert (found & (moved_mask > 0)).sum() / (found | (moved_mask > 0)).sum() > 0.85
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (40, 40)])
+def test_a_second_cut_of_nothing_at_all_is_no_crash(shape):
+    cut = whole_frame_cut(np.full((*shape, 3), 77, np.uint8))
+    assert set(np.unique(cut)) <= {0, 1}
 
 
 def test_parts_away_from_the_centre_and_specks_go_and_small_holes_close():

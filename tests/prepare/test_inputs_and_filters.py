@@ -13,8 +13,10 @@ from PIL import Image
 
 from blipdiff_train.context.rejection import Rejection
 from blipdiff_train.prepare.filters import (
+    check_agreement,
     check_matte,
     check_photograph,
+    measure_agreement,
     measure_matte,
     near_duplicates,
     perceptual_hash,
@@ -171,6 +173,24 @@ def test_each_matte_filter_has_its_cause():
     assert check_matte(measure_matte(pieces), filters).cause == "in_pieces"
     assert check_matte(measure_matte(matte), FilterSettings(area=None)) is None
     assert check_photograph(np.full((50, 50, 3), 90, np.uint8), filters).cause == "blurred"
+
+
+def test_a_matte_that_a_second_cut_contradicts_is_disputed():
+    image = np.full((90, 120, 3), (60, 120, 60), np.uint8)
+    image += np.random.default_rng(0).integers(0, 12, image.shape, np.uint8)
+    image[20:60, 30:90] = (200, 40, 40)
+    whole, half, elsewhere = (np.zeros((90, 120), np.uint8) for _ in range(3))
+    whole[20:60, 30:90] = half[20:60, 30:60] = elsewhere[65:85, 5:25] = 255
+    assert measure_agreement(image, whole) > 0.95
+    assert measure_agreement(image, half) == pytest.approx(0.5, abs=0.03)
+    assert measure_agreement(image, elsewhere) == 0
+    assert measure_agreement(np.full((90, 120, 3), 128, np.uint8), np.zeros((90, 120), np.uint8)) == 0
+    assert check_agreement(0.7, 0.7) is None
+    refused = check_agreement(0.5, 0.7)
+    assert refused.cause == "disputed"
+    assert "IoU 50.0%, expected ≥ 70.0% (filters.agreement)" in refused.detail
+    with pytest.raises(ValueError, match=r"filters\.agreement=1\.5, expected a share"):
+        make_settings({"input": "x", "output": "y", "filters": {"agreement": 1.5}})
 
 
 def test_the_yaml_has_the_defaults_of_the_code_and_a_reason_for_each_threshold(repository):

@@ -83,6 +83,33 @@ def test_a_folder_becomes_shards_and_every_photograph_is_accounted_for(photograp
         assert f"&quot;{threshold}&quot;" in report
 
 
+def test_a_second_cut_rejects_bad_mattes_and_changes_nothing_else(dreambench, tmp_path):
+    """A dog of which the muzzle is found and a bowl of which the berries are; another dog, and a duck."""
+    for name in ("dog/00", "dog/01", "berry_bowl/05", "duck_toy/00"):
+        target = tmp_path / "photos" / f"{name}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((dreambench / f"{name}.jpg").read_bytes())
+    found = {}
+    for limit in (None, 0.7):
+        output = tmp_path / f"shards-{limit}"
+        filters = {"agreement": limit}
+        summary = run(input=str(tmp_path / "photos"), output=str(output), workers=1, progress=False, filters=filters)
+        shards = ShardSet(str(output))
+        found[limit] = {sample["__key__"]: sample for sample in map(shards.read, range(len(shards)))}
+        assert summary.rejected == ({"disputed": 2} if limit else {})
+        assert ("agreement with a second cut: median" in (output / "report.html").read_text()) == (limit is not None)
+    rejected = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["source"] for entry in rejected] == ["berry_bowl/05.jpg", "dog/00.jpg"]
+    assert len(found[None]) == 4
+    assert len(found[0.7]) == 2
+    for key, sample in found[0.7].items():
+        other = found[None][key]
+        facts = json.loads(sample["json"])
+        assert facts.pop("agreement") >= 0.7
+        assert facts == json.loads(other["json"])
+        assert (sample["alpha.png"], sample["fg.jpg"]) == (other["alpha.png"], other["fg.jpg"])
+
+
 def test_a_photograph_that_the_numerics_cannot_bear_is_a_rejection_and_not_the_end(photographs, tmp_path, monkeypatch):
     from blipdiff_train.context import generator
 

@@ -194,3 +194,14 @@ def test_other_thresholds_make_other_mattes(plain, tmp_path):
     assert one.record(shards, 0)["alpha.png"] != other.record(shards, 0)["alpha.png"]
     assert len(list(tmp_path.iterdir())) == 2
     assert one.record(shards, 0)["alpha.png"] == online(GRABCUT, tmp_path).record(shards, 0)["alpha.png"]
+
+
+def test_a_filter_switched_on_is_another_store_and_rejects_there(plain, tmp_path):
+    shards = ShardSet(str(plain))
+    strict = {**GRABCUT, "filters": {**GRABCUT["filters"], "agreement": 1.0}}  # no two cuts are equal to the pixel
+    made = online(GRABCUT, tmp_path).record(shards, 0)
+    assert "agreement" not in json.loads(made["json"])
+    with pytest.raises(SampleError, match=r"filters\.agreement"):
+        online(strict, tmp_path).record(shards, 0)
+    assert online(GRABCUT, tmp_path).record(shards, 0)["alpha.png"] == made["alpha.png"]
+    assert len(list(tmp_path.iterdir())) == 2
