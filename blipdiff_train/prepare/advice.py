@@ -17,6 +17,7 @@ CAUSES = {
     "cut_off": "raise filters.border_contact to keep more, null keeps all",
     "in_pieces": "raise filters.num_components to keep more, null keeps all",
     "too_uncertain": "raise filters.unknown_share to keep more, null keeps all",
+    "disputed": "lower filters.agreement to keep more, null keeps all",
     "no_foreground": "another segmenter.name, or lower trimap.foreground_threshold or trimap.margin",
     "no_background": "another segmenter.name, or raise trimap.background_threshold or lower trimap.margin",
     "no_mask": "put NAME.alpha.png or NAME.mask.png beside the photograph, or choose another segmenter.name",
