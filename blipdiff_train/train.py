@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -25,9 +24,11 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_NOT_SAVED = 74
-"""The disk is full or read-only: a checkpoint or the log could not be written; the checkpoint before it is intact."""
+"""The disk is full or read-only: a checkpoint, the log or a store could not be written; what was there is intact."""
 EXIT_INTERRUPTED = 85
 """A signal stopped the run after a step, which is saved: run the same command again."""
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
@@ -38,6 +39,8 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
         plain: the same as plain data, for the checkpoint and the loggers.
     """
     from blipdiff_train.checkpoints.training import CheckpointError
+    from blipdiff_train.common.distributed import RankFailed
+    from blipdiff_train.data.datamodule import error_number, message_of
     from blipdiff_train.data.faults import TooManyBadSamples
     from blipdiff_train.stages.callbacks import NonFiniteLoss, RunInterrupted, StopSignals
 
@@ -46,7 +49,9 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
     signals.install()
     try:
         return train(config, plain, signals)
-    except (RunInterrupted, CheckpointError, NonFiniteLoss, TooManyBadSamples) as error:
+    except (RunInterrupted, CheckpointError, NonFiniteLoss, TooManyBadSamples, RankFailed) as error:
+        if os.environ.get("BLIPDIFF_DEBUG") and error.__cause__ is not None:
+            traceback.print_exc()
         # raised on every rank; the others end quietly, or Lightning's observer would kill rank 0 in mid-sentence
         if not is_main():
             return 0
@@ -54,7 +59,8 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
             say(f"{error}; run the same command again to continue")
             return EXIT_INTERRUPTED
         say(f"stopped: {error}")
-        return EXIT_NOT_SAVED if isinstance(error, CheckpointError) else EXIT_FAILED
+        not_saved = isinstance(error, CheckpointError) or error_number(error) in _UNWRITABLE
+        return EXIT_NOT_SAVED if not_saved else EXIT_FAILED
     except (ValueError, OSError) as error:
         if os.environ.get("BLIPDIFF_DEBUG"):
             traceback.print_exc()
@@ -63,18 +69,9 @@ def run(config: TrainConfig, plain: Mapping[str, Any]) -> int:
             say(words)
         else:  # it may have happened here alone, and rank 0 then only notices that this rank is gone
             print(f"rank {os.environ.get('RANK') or os.environ.get('LOCAL_RANK')} {words}", file=sys.stderr, flush=True)
-        unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return EXIT_NOT_SAVED if unwritable else EXIT_FAILED
+        return EXIT_NOT_SAVED if error_number(error) in _UNWRITABLE else EXIT_FAILED
     finally:
         signals.uninstall()
-
-
-def message_of(error: Exception) -> str:
-    """What an error says; of one from a loader process what it said there, without that process's traceback."""
-    text = str(error)
-    if "DataLoader worker process" not in text.split("\n", 1)[0]:
-        return text
-    return re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text)[-1].strip()
 
 
 def train(config: TrainConfig, plain: Mapping[str, Any], signals: StopSignals) -> int:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 import tiny
 
@@ -45,19 +40,8 @@ def test_two_processes_train_on_photographs_as_on_prepared_shards_and_survive_a_
     expected, folder = (tmp_path / "runs" / name / "stage2" / "default" for name in ("prepared", "plain"))
 
     tiny.run(*words("prepared"))
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            tiny.command(*words("plain"), *online),
-            cwd=tiny.REPOSITORY,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    while chaos.last_step(folder) < 3 and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    os.killpg(process.pid, signal.SIGKILL)  # ranks, loaders and segmenters, as in a power cut
-    process.wait()
+    # ranks, loaders and segmenters
+    tiny.run_killed(*words("plain"), *online, reached=lambda: chaos.last_step(folder) >= 3, log=tmp_path / "log")
     tiny.run(*words("plain"), *online)
     assert chaos.differences(expected, folder) == []
     assert len(list((tmp_path / "plain" / ".made").rglob("*.entry"))) == 24

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -198,3 +201,15 @@ def run(*words: str, check: bool = True, **environment: str) -> subprocess.Compl
     if check and done.returncode:
         raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def run_killed(*words: str, reached: Callable[[], bool], log: Path) -> None:
+    """The command line until ``reached()``, then SIGKILL to all its processes at once, as in a power cut."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command(*words), cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True)
+    while not reached() and process.poll() is None:
+        time.sleep(0.005)
+    if process.poll() is not None:
+        raise AssertionError(f"it ended by itself with exit code {process.returncode}\n{log.read_text()}")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -6,6 +6,8 @@ issue 153).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,3 +92,42 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value if rank() == source else None]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+class RankFailed(RuntimeError):
+    """What stopped one rank, raised on all of them.
+
+    Attributes:
+        errno: of the system, where it was its error; else None.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+@contextmanager
+def together(describe: Callable[[Exception], tuple[str, int | None]]) -> Iterator[None]:
+    """All ranks leave the block at the same time: an error on one is raised on each, so that none waits for one that
+    is gone. All ranks must enter it; inside they must not wait for each other. One process alone keeps its own error.
+
+    Args:
+        describe: message and number of an error, see :class:`RankFailed`.
+
+    Raises:
+        RankFailed: the error of the first rank that has one; there it is also the cause.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        problem = error
+    if world_size() == 1:
+        return
+    found: list[tuple[str, int | None] | None] = [None] * world_size()
+    dist.all_gather_object(found, problem and describe(problem))
+    for number, said in enumerate(found):
+        if said is not None:
+            raise RankFailed(f"rank {number}: {said[0]}", said[1]) from problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import re
 import signal
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -302,6 +303,21 @@ class Loader(DataLoader):
         iterator = self._running() if hasattr(self, "_running") else None
         if self.num_workers and iterator is not None:
             iterator._shutdown_workers()  # Lightning calls it too, but for persistent ones only
+
+
+def message_of(error: Exception) -> str:
+    """What an error says; of one from a loader process what it said there, without that process's traceback."""
+    text = str(error)
+    if "DataLoader worker process" not in text.split("\n", 1)[0]:
+        return text
+    return re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", text)[-1].strip()
+
+
+def error_number(error: Exception) -> int | None:
+    """The system's number of an error; torch keeps only the words of one from a loader process, where it stands too."""
+    number = getattr(error, "errno", None)
+    words = re.match(r"\[Errno (\d+)\]", message_of(error)) if number is None else None
+    return int(words[1]) if words else number
 
 
 class ValidationSampler:

@@ -107,7 +107,7 @@ class PositionDataset(Dataset, Generic[Sample]):
         shards = self.shard_sets[place.dataset]
         record = self.record(shards, place.index)
         if self.latents is not None:
-            record |= self.latents.read(shards, place.index) or {}
+            record |= self.latents.need(shards, place.index)
         return self.transform(record, position)
 
     def _report(self, error: SampleError, place: Place) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,21 @@ class SampleStore:
             raise fault
         return members
 
+    def need(self, shards: ShardSet, index: int) -> dict[str, bytes]:
+        """:meth:`read` where an entry must be: a damaged one is removed, so that the next start makes it anew.
+
+        Raises:
+            SampleError: see :meth:`read`.
+            FileNotFoundError: there is none, or it was damaged. Another sample in its place would be another run.
+        """
+        members = self.read(shards, index)
+        if members is not None:
+            return members
+        path = self._path(shards, index)
+        what = "is damaged and was removed" if path.exists() else "is not there any more"
+        path.unlink(missing_ok=True)
+        raise FileNotFoundError(f"{path} {what}: start the same command again, it makes what is missing and continues")
+
     def write(self, shards: ShardSet, index: int, made: Members | SampleError) -> None:
         """Keep what was made for a sample, or why nothing can be.
 
@@ -114,16 +129,21 @@ class SampleStore:
         """Whether a sample has an entry."""
         return self._path(shards, index).exists()
 
-    def missing(self, shards: ShardSet, indices: Sequence[int]) -> list[int]:
-        """Those of ``indices`` that have no entry."""
-        there: dict[Path, set[str]] = {}
+    def where(self, shards: ShardSet, index: int) -> Path:
+        """The folder of a sample's entry."""
+        return self._path(shards, index).parent
+
+    def missing(self, shards: ShardSet, indices: Iterable[int]) -> list[int]:
+        """Those of ``indices`` that have no entry: one look into the folder of each shard, not one at each sample."""
+        there: dict[int, set[str]] = {}
         found = []
         for index in indices:
-            path = self._path(shards, index)
-            if path.parent not in there:
-                with suppress(FileNotFoundError):
-                    there[path.parent] = {entry.name for entry in os.scandir(path.parent)}
-            if path.name not in there.get(path.parent, ()):
+            shard, number = shards.locate(index)
+            if shard not in there:
+                there[shard] = set()
+                with suppress(FileNotFoundError), os.scandir(self._folder(shards, shard)) as entries:
+                    there[shard] = {entry.name for entry in entries}
+            if _file_name(number) not in there[shard]:
                 found.append(index)
         return found
 
@@ -159,9 +179,15 @@ class SampleStore:
 
     def _path(self, shards: ShardSet, index: int) -> Path:
         shard, number = shards.locate(index)
+        return self._folder(shards, shard) / _file_name(number)
+
+    def _folder(self, shards: ShardSet, shard: int) -> Path:
         stem = os.path.basename(shards.shards[shard].name.split("?", 1)[0]).removesuffix(".tar")
-        folder = self._root(shards, shard) / f"{self.name}-{self.key}" / f"{stem}-{shards.content(shard)}"
-        return folder / f"{number:06d}{_SUFFIX}"
+        return self._root(shards, shard) / f"{self.name}-{self.key}" / f"{stem}-{shards.content(shard)}"
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}{_SUFFIX}"
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,8 @@ from torch.utils.data import Dataset
 
 from blipdiff_train.common import distributed
 from blipdiff_train.common.files import sha256_tensors
-from blipdiff_train.data.datamodule import Loader, start_worker
+from blipdiff_train.common.progress import clock
+from blipdiff_train.data.datamodule import Loader, error_number, message_of, start_worker
 from blipdiff_train.data.dataset import PositionDataset
 from blipdiff_train.data.pixels import TARGET
 from blipdiff_train.data.shards import SampleError, ShardSet
@@ -38,8 +40,11 @@ CROP = "shorter side, bicubic with antialiasing, middle square, version 1"
 """How a photograph becomes a target; the version is raised when the pixels change."""
 
 _LINE_SECONDS = 15.0
+_ROUND_SECONDS = 2.0
 _READ_TOGETHER = 8
-_ROUND = 64
+
+Share = tuple[PositionDataset, ShardSet, list[int]]
+"""Samples of one set of shards, by number."""
 
 
 def latent_store(denoiser: Denoiser, *, target_size: int, photographs: str, folder: str | None) -> SampleStore:
@@ -71,46 +76,53 @@ class LatentCache(Callback):
         self.datamodule, self.signals, self.say = datamodule, signals, say
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        store, rank, world = self.datamodule.latents, trainer.global_rank, trainer.world_size
-        datasets = self.datamodule.datasets()
-        shares = [
-            (dataset, shards, store.missing(shards, range(rank, len(shards), world)))
-            for dataset in datasets
-            for shards in dataset.shard_sets
-        ]
-        count = sum(len(indices) for _, _, indices in shares)
-        total = sum(len(shards) for _, shards, _ in shares)
-        of_ranks = f" by each of {world} processes" if world > 1 else ""
-        self.say(f"latents: {count} of {total} photographs to encode{of_ranks}" if count else "latents: all are there")
-        for other in store.others(shares[0][1]) if count else ():
-            self.say(f"  not used, made otherwise (remove it if nothing else needs it): {other}")
-        started = said = time.monotonic()
-        done, encoded = 0, self._encode(module, shares)
-        counts = distributed.gather_no_grad(torch.tensor([count], device=module.device))
-        # in rounds, so that no rank waits long for another and all of them notice a signal to one
-        for _ in range(-(-int(counts.max()) // _ROUND)):
-            for _ in itertools.islice(encoded, _ROUND):
-                done += 1
-                if self.signals.received is not None:
-                    break
-            if distributed.any_rank(self.signals.received is not None, device=module.device):
-                raise RunInterrupted("stopped by a signal while latents were cached; those that are finished are kept")
-            if done and time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                rate = done / (said - started)
-                self.say(f"latents: {done}/{count}  {rate:.1f} a second  {(count - done) / rate / 60:.0f} min left")
-        for _, shards, _ in shares:
-            left = store.missing(shards, range(len(shards)))
-            if left:
-                raise FileNotFoundError(
-                    f"the latents of {len(left)} of {len(shards)} samples are not there after all ranks made theirs: "
-                    "the shards' folder, or data.store, must be on a file system that all machines share"
-                )
+        rank, world = trainer.global_rank, trainer.world_size
+        with _together():
+            absent = [
+                (dataset, shards, self.datamodule.latents.missing(shards, range(len(shards))))
+                for dataset in self.datamodule.datasets()
+                for shards in dataset.shard_sets
+            ]
+            # by number and not by place among the missing: ranks may have looked at different moments
+            shares = [(*of, [index for index in missing if index % world == rank]) for *of, missing in absent]
+        count = sum(len(indices) for *_, indices in shares)
+        total = self._over_ranks(module, count)[0]
+        if total:
+            of_ranks = f", shared by {world} processes" if world > 1 else ""
+            in_all = sum(len(shards) for _, shards, _ in absent)
+            self.say(f"latents: {total} of {in_all} photographs to encode{of_ranks}")
+            for other in self.datamodule.latents.others(absent[0][1]):
+                self.say(f"  not used, made otherwise (remove it if nothing else needs it): {other}")
+        else:
+            self.say("latents: all are there")
+        self._encode_all(module, shares, count, total)
+        with _together():
+            self._check(absent)
 
-    def _encode(
-        self, module: LightningModule, shares: Sequence[tuple[PositionDataset, ShardSet, list[int]]]
-    ) -> Iterator[None]:
-        """Make and keep what is missing; yields after each photograph."""
+    def _encode_all(self, module: LightningModule, shares: Sequence[Share], count: int, total: int) -> None:
+        """In short rounds, so that no rank waits long for another and all notice a signal or an error of one."""
+        started = said = time.monotonic()
+        left = total
+        with closing(self._encode(module, shares)) as encoded:
+            while left:
+                with _together():
+                    round_ends = time.monotonic() + _ROUND_SECONDS
+                    for _ in encoded:
+                        count -= 1
+                        if self.signals.received is not None or time.monotonic() > round_ends:
+                            break
+                left, stopped = self._over_ranks(module, count, int(self.signals.received is not None))
+                if stopped:
+                    raise RunInterrupted(
+                        "stopped by a signal while latents were cached; those that are finished are kept"
+                    )
+                if left and time.monotonic() - said > _LINE_SECONDS:
+                    said = time.monotonic()
+                    rate = (total - left) / (said - started)
+                    self.say(f"latents: {total - left}/{total}  {rate:.3g} photographs/s  {clock(left / rate)} left")
+
+    def _encode(self, module: LightningModule, shares: Sequence[Share]) -> Iterator[None]:
+        """Make and keep this rank's share; yields after each photograph that is kept."""
         store = self.datamodule.latents
         for dataset, shards, indices in shares:
             targets = Targets(dataset, shards, indices)
@@ -123,15 +135,51 @@ class LatentCache(Callback):
                 generator=torch.Generator().manual_seed(0),
             )
             try:
+                computed: tuple[int, Tensor | SampleError] | None = None
                 for index, target in zip(indices, itertools.chain.from_iterable(loader), strict=True):
-                    if isinstance(target, SampleError):
-                        store.write(shards, index, target)
-                    else:
-                        moments = module.denoiser.encode_moments(TARGET([target]).to(module.device))[0]  # 2C h w
-                        store.write(shards, index, {LATENT_SUFFIX: npy_bytes(moments)})
+                    # a GPU works on this one while the one before is written
+                    last, computed = computed, (index, self._compute(module, target))
+                    if last is not None:
+                        _keep(store, shards, *last)
+                        yield
+                if computed is not None:
+                    _keep(store, shards, *computed)
                     yield
             finally:
                 loader.close()
+
+    @staticmethod
+    def _compute(module: LightningModule, target: np.ndarray | SampleError) -> Tensor | SampleError:
+        if isinstance(target, SampleError):
+            return target
+        return module.denoiser.encode_moments(TARGET([target]).to(module.device))[0]  # 2C h w
+
+    def _check(self, absent: Sequence[Share]) -> None:
+        """Raises: FileNotFoundError, if what the other ranks made is not there for this one."""
+        store = self.datamodule.latents
+        for _, shards, indices in absent:
+            left = store.missing(shards, indices)
+            # a network file system may show a folder as it was a minute ago; what is asked for by name it looks up
+            lost = next((index for index in left if not store.has(shards, index)), None)
+            if lost is not None:
+                raise FileNotFoundError(
+                    f"the latents of about {len(left)} of {len(shards)} samples are not there after all ranks made "
+                    f"theirs, the first in {store.where(shards, lost)}: the shards' folder, or data.store, must be on "
+                    "a file system that all machines share"
+                )
+
+    @staticmethod
+    def _over_ranks(module: LightningModule, *numbers: int) -> list[int]:
+        """Each number's sum over the ranks."""
+        return distributed.gather_no_grad(torch.tensor([numbers], device=module.device)).sum(0).tolist()
+
+
+def _together() -> AbstractContextManager[None]:
+    return distributed.together(lambda error: (message_of(error), error_number(error)))
+
+
+def _keep(store: SampleStore, shards: ShardSet, index: int, made: Tensor | SampleError) -> None:
+    store.write(shards, index, made if isinstance(made, SampleError) else {LATENT_SUFFIX: npy_bytes(made)})
 
 
 class Targets(Dataset):
