@@ -13,7 +13,7 @@ import tiny
 from blipdiff_train import __main__ as cli
 from blipdiff_train import config as configuration
 from blipdiff_train import train
-from blipdiff_train.stages import callbacks
+from blipdiff_train.stages import callbacks, loggers
 
 
 class StopAfter(callbacks.StopSignals):
@@ -71,3 +71,18 @@ def fit(world: Path, output: Path, stage: int, *more: str, stop_after: int | Non
         with pytest.raises(callbacks.RunInterrupted):
             train.train(config, plain, StopAfter(stop_after))
     return Path(config.run_dir)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """Losses and gradient norms in the rows of a run's two logs."""
+    rows = [row for name in ("metrics.csv", "validation.csv") for row in loggers.CsvFile(folder / name).rows()]
+    found = [{k: float(v) for k, v in row.items() if "loss" in k or k.startswith("grad")} for row in rows]
+    assert found
+    assert all(found)
+    return found
+
+
+def check_close(folder: Path, other: Path) -> None:
+    """The losses of two runs agree to 1e-4."""
+    for one, two in zip(losses(folder), losses(other), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-7)

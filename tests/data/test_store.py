@@ -62,6 +62,29 @@ def test_other_settings_find_nothing_and_are_told_what_is_different(shards, tmp_
     assert other.read(opened, 0) is None
 
 
+def test_what_is_missing_is_seen_by_one_look_at_each_shard(shards, tmp_path, monkeypatch):
+    opened, store, looks = ShardSet(str(shards)), SampleStore("mattes", {}, tmp_path), []
+    assert len(opened.shards) > 1
+    honest = os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: looks.append(path) or honest(path))
+    assert store.missing(opened, range(23)) == list(range(23))  # a folder that is not there is not asked for again
+    assert len(looks) == len(opened.shards)
+    store.write(opened, 3, MEMBERS)
+    assert len(store.missing(opened, range(23))) == 22
+
+
+def test_an_entry_that_must_be_there_and_is_damaged_is_removed(shards, tmp_path):
+    opened, store = ShardSet(str(shards)), SampleStore("mattes", {}, tmp_path)
+    store.write(opened, 3, MEMBERS)
+    assert store.need(opened, 3) == MEMBERS
+    only_entry(tmp_path).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"000003\.entry is damaged and was removed: start"):
+        store.need(opened, 3)
+    assert store.missing(opened, [3]) == [3]
+    with pytest.raises(FileNotFoundError, match="is not there any more"):
+        store.need(opened, 3)
+
+
 def test_a_shard_that_was_replaced_finds_nothing(tmp_path):
     write_shards([annotated(0), annotated(1)], tmp_path)
     store = SampleStore("mattes", {})

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import multiprocessing
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from runs import StopAfter, fit
+import torch.distributed as dist
+from runs import StopAfter, check_close, configure, fit, losses
 
+from blipdiff_train import train
+from blipdiff_train.common import distributed
+from blipdiff_train.data.datamodule import ShardDataModule
 from blipdiff_train.data.shards import ShardSet, write_shards
+from blipdiff_train.data.store import SampleStore
 from blipdiff_train.stages import callbacks
 from blipdiff_train.stages.latents import LatentCache
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    tiny.write_models(folder / "models")
-    tiny.write_data(folder / "data")
-    return folder
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    import csv
-
-    found = []
-    for name in ("metrics.csv", "validation.csv"):
-        with (folder / name).open() as file:
-            rows = list(csv.DictReader(file))
-        found += [{k: float(v) for k, v in row.items() if "loss" in k or k.startswith("grad")} for row in rows]
-    assert found
-    assert all(found)
-    return found
 
 
 def cached(world: Path, output: Path, *more: str, **options) -> Path:
@@ -47,11 +34,10 @@ def entries(output: Path) -> dict[str, int]:
 
 
 def test_losses_with_and_without_are_the_same_and_latents_are_made_once(world, tmp_path, capsys):
-    plain = losses(fit(world, tmp_path / "plain", 2))
-    first = losses(cached(world, tmp_path, "name=first"))
-    assert len(first) == len(plain) == 8
-    for one, other in zip(first, plain, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
+    plain, with_cache = fit(world, tmp_path / "plain", 2), cached(world, tmp_path, "name=first")
+    check_close(plain, with_cache)
+    first = losses(with_cache)
+    assert len(first) == 8
     assert "latents: 30 of 30 photographs to encode" in capsys.readouterr().out
     made = entries(tmp_path)
     assert len(made) == 30
@@ -121,43 +107,105 @@ def test_a_bad_photograph_is_replaced_as_without_latents(world, tmp_path):
     more = (f"data.shards={tmp_path}/bad", "data.max_bad_fraction=0.5", "total_steps=8")
     plain = fit(world, tmp_path / "plain", 2, *more)
     with_cache = cached(world, tmp_path, *more)
-    for one, other in zip(losses(with_cache), losses(plain), strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
+    check_close(plain, with_cache)
     listed = [json.loads((folder / "quarantine.jsonl").read_text().splitlines()[0]) for folder in (plain, with_cache)]
     assert listed[0] == listed[1]
     assert listed[0]["key"] == samples[4]["__key__"]
 
 
-def test_ranks_share_the_work_and_together_leave_nothing(world, tmp_path):
-    """Two ranks one after the other, each with a store that the other has begun to fill."""
-    from blipdiff_train.data.datamodule import ShardDataModule
-    from blipdiff_train.data.store import SampleStore
+def test_a_damaged_entry_stops_the_run_and_is_made_anew(world, tmp_path, capsys):
+    quiet = losses(cached(world, tmp_path, "name=quiet"))
+    path = sorted((tmp_path / "store").rglob("shard-000001-*/000003.entry"))[0]
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    words = ("data.cache_latents=true", f"data.store={tmp_path}/store", "name=damaged")
+    config, plain = configure(world, tmp_path, 2, *words)
+    capsys.readouterr()
+    assert train.run(config, plain) == train.EXIT_FAILED
+    assert f"stopped: {path} is damaged and was removed: start the same command again" in capsys.readouterr().out
+    assert losses(cached(world, tmp_path, "name=damaged")) == quiet
+    assert "latents: 1 of 30 photographs to encode" in capsys.readouterr().out
+    assert path.read_bytes() == good
 
-    store = SampleStore("latents", {"of": "nothing"}, tmp_path)
-    data = ShardDataModule(
-        stage=2, shards=str(world / "data" / "stage2"), global_batch_size=2, micro_batch_size=1, total_steps=1, seed=0,
-        image_size=16, target_size=16, latents=store,
-    )  # fmt: skip
-    seen: list[list[int]] = []
 
-    class Module:
-        device = "cpu"
+# ------------------------------------------------------------------------------------------------------ two processes
 
-        class denoiser:
-            @staticmethod
-            def encode_moments(images):
-                assert images.shape == (1, 3, 16, 16)
-                assert images.min() >= -1
-                return images.new_full((1, 8, 8, 8), len(seen))
 
-    shards = data.train_dataset().shard_sets[0]
-    for rank in range(2):
-        missing = store.missing(shards, range(rank, len(shards), 2))
-        seen.append(missing)
-        cache = LatentCache(data, callbacks.StopSignals(), print)
-        assert len(list(cache._encode(Module, [(data.train_dataset(), shards, missing)]))) == 12
-    assert sorted(seen[0] + seen[1]) == list(range(24))
-    assert store.missing(shards, range(24)) == []
-    moments = np.load(io.BytesIO(store.read(shards, 23)["latent.npy"]), allow_pickle=False)
-    assert moments.dtype == np.float32
-    assert (moments == 2).all()
+class Module:
+    """Gives every photograph the number of its rank."""
+
+    device = "cpu"
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.denoiser = self
+
+    def encode_moments(self, images):
+        assert images.shape == (1, 3, 16, 16)
+        assert images.min() >= -1
+        return images.new_full((1, 8, 8, 8), self.rank)
+
+
+class FullDisk(SampleStore):
+    """No room for the third entry."""
+
+    def write(self, *what):
+        if len(list(self.folder.rglob("*.entry"))) == 2:
+            raise OSError(errno.ENOSPC, "no room")
+        super().write(*what)
+
+
+def _rank(rank: int, shards: str, folder: Path, answers) -> None:
+    """What a process of two sees of each case: the error, its number, the entries that are there then."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    trainer = types.SimpleNamespace(global_rank=rank, world_size=2)
+    stopped = callbacks.StopSignals()
+    stopped.received = signal.SIGTERM
+    cases = [  # own folder, store, signals
+        ("shared", SampleStore, callbacks.StopSignals()),
+        (f"of rank {rank}", SampleStore, callbacks.StopSignals()),
+        (f"full on rank 1, {rank}", FullDisk if rank else SampleStore, callbacks.StopSignals()),
+        ("signal to rank 1", SampleStore, stopped if rank else callbacks.StopSignals()),
+    ]
+    for name, store, signals in cases:
+        data = ShardDataModule(
+            stage=2, shards=shards, global_batch_size=2, micro_batch_size=1, total_steps=1, seed=0,
+            image_size=16, target_size=16, latents=store("latents", {}, folder / name),
+        )  # fmt: skip
+        found = (None, None)
+        try:
+            LatentCache(data, signals, print).on_fit_start(trainer, Module(rank))
+        except (callbacks.RunInterrupted, distributed.RankFailed) as error:
+            found = (str(error), getattr(error, "errno", None))
+        answers.put((rank, cases.index((name, store, signals)), *found))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_work_and_one_that_fails_or_is_told_to_stop_stops_both(world, tmp_path):
+    processes, shards = multiprocessing.get_context("fork"), str(world / "data" / "stage2")
+    answers = processes.Queue()
+    ranks = [processes.Process(target=_rank, args=(rank, shards, tmp_path, answers)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = {}
+    for _ in range(2 * 4):
+        rank, case, *said = answers.get(timeout=120)
+        found[case, rank] = said
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    for case in range(4):
+        assert found[case, 0] == found[case, 1]
+
+    assert found[0, 0] == [None, None]
+    store, opened = SampleStore("latents", {}, tmp_path / "shared"), ShardSet(shards)
+    moments = [np.load(io.BytesIO(store.read(opened, index)["latent.npy"])) for index in range(24)]
+    assert all(entry.dtype == np.float32 for entry in moments)
+    assert [entry.mean() for entry in moments] == [0, 1] * 12
+
+    assert "the latents of about 12 of 24 samples are not there" in found[1, 0][0]
+    assert "data.store, must be on a file system that all machines share" in found[1, 0][0]
+    assert found[2, 0] == ["rank 1: [Errno 28] no room", errno.ENOSPC]
+    assert len(list((tmp_path / "full on rank 1, 1").rglob("*.entry"))) == 2
+    assert "stopped by a signal while latents were cached" in found[3, 0][0]
+    assert 2 <= len(list((tmp_path / "signal to rank 1").rglob("*.entry"))) <= 13
