@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from blipdiff_train.common import distributed
 from blipdiff_train.common.files import sha256_tensors
-from blipdiff_train.common.progress import clock
+from blipdiff_train.common.progress import Progress
 from blipdiff_train.data.datamodule import Loader, error_number, message_of, start_worker
 from blipdiff_train.data.dataset import PositionDataset
 from blipdiff_train.data.pixels import TARGET
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 CROP = "shorter side, bicubic with antialiasing, middle square, version 1"
 """How a photograph becomes a target; the version is raised when the pixels change."""
 
-_LINE_SECONDS = 15.0
 _ROUND_SECONDS = 2.0
 _READ_TOGETHER = 8
 
@@ -69,7 +68,7 @@ class LatentCache(Callback):
 
     Args:
         signals: asked after each photograph; a stop keeps what is finished.
-        say: called with a line now and then, on the first rank.
+        say: called with a line on what there is to do.
     """
 
     def __init__(self, datamodule: ShardDataModule, signals: StopSignals, say: Callable[[str], None]) -> None:
@@ -93,18 +92,17 @@ class LatentCache(Callback):
             self.say(f"latents: {total} of {in_all} photographs to encode{of_ranks}")
             for other in self.datamodule.latents.others(absent[0][1]):
                 self.say(f"  not used, made otherwise (remove it if nothing else needs it): {other}")
+            with Progress(total, name="latents", unit="photographs", show=trainer.is_global_zero) as progress:
+                self._encode_all(module, shares, count, progress)
         else:
             self.say("latents: all are there")
-        self._encode_all(module, shares, count, total)
         with _together():
             self._check(absent)
 
-    def _encode_all(self, module: LightningModule, shares: Sequence[Share], count: int, total: int) -> None:
+    def _encode_all(self, module: LightningModule, shares: Sequence[Share], count: int, progress: Progress) -> None:
         """In short rounds, so that no rank waits long for another and all notice a signal or an error of one."""
-        started = said = time.monotonic()
-        left = total
         with closing(self._encode(module, shares)) as encoded:
-            while left:
+            while progress.done < progress.total:
                 with _together():
                     round_ends = time.monotonic() + _ROUND_SECONDS
                     for _ in encoded:
@@ -112,14 +110,11 @@ class LatentCache(Callback):
                         if self.signals.received is not None or time.monotonic() > round_ends:
                             break
                 left, stopped = self._over_ranks(module, count, int(self.signals.received is not None))
+                progress.update(progress.total - left - progress.done)
                 if stopped:
                     raise RunInterrupted(
                         "stopped by a signal while latents were cached; those that are finished are kept"
                     )
-                if left and time.monotonic() - said > _LINE_SECONDS:
-                    said = time.monotonic()
-                    rate = (total - left) / (said - started)
-                    self.say(f"latents: {total - left}/{total}  {rate:.3g} photographs/s  {clock(left / rate)} left")
 
     def _encode(self, module: LightningModule, shares: Sequence[Share]) -> Iterator[None]:
         """Make and keep this rank's share; yields after each photograph that is kept."""

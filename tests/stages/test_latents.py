@@ -38,7 +38,9 @@ def test_losses_with_and_without_are_the_same_and_latents_are_made_once(world, t
     check_close(plain, with_cache)
     first = losses(with_cache)
     assert len(first) == 8
-    assert "latents: 30 of 30 photographs to encode" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "latents: 30 of 30 photographs to encode" in said.out
+    assert "latents: 30 of 30 photographs in 0:0" in said.err
     made = entries(tmp_path)
     assert len(made) == 30
     # in another process's share, with loader processes: the same numbers, and nothing is made again
@@ -158,7 +160,7 @@ class FullDisk(SampleStore):
 def _rank(rank: int, shards: str, folder: Path, answers) -> None:
     """What a process of two sees of each case: the error, its number, the entries that are there then."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    trainer = types.SimpleNamespace(global_rank=rank, world_size=2)
+    trainer = types.SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 0)
     stopped = callbacks.StopSignals()
     stopped.received = signal.SIGTERM
     cases = [  # own folder, store, signals
