@@ -201,7 +201,7 @@ def decode_latent(record: Record) -> Tensor:
     """
     name = _name(record, LATENT_SUFFIX)
     if LATENT_SUFFIX not in record:
-        raise SampleError("missing latent", f"{_name(record)}: the record comes without it")
+        raise SampleError("missing latent", f"{name}: the record comes without it")
     stream = io.BytesIO(record[LATENT_SUFFIX])
     try:
         version = np.lib.format.read_magic(stream)

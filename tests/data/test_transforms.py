@@ -202,7 +202,7 @@ def test_latents_take_the_target_s_place_and_only_plain_arrays_are_read():
             transform({**good, "latent.npy": data}, 0)
         assert error.value.cause == cause
     del good["latent.npy"]
-    with pytest.raises(SampleError, match="has none"):
+    with pytest.raises(SampleError, match=r"latent\.npy: the record comes without it"):
         transform(good, 0)
 
 
