@@ -197,6 +197,10 @@ def _known(block: type, values: Mapping[str, Any], prefix: str, problems: list[s
     return {key: value for key, value in values.items() if key in names}
 
 
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+
+
 def _problems(s: Settings) -> list[str]:
     """Every value that is out of range, as a sentence with key, value and expectation."""
     found: list[str] = []
@@ -215,8 +219,17 @@ def _problems(s: Settings) -> list[str]:
         unknown = sorted(set(s.openimages) - {*OPENIMAGES_FILES, "area", "exclude", "dominance"})
         expected = f"only {', '.join(OPENIMAGES_FILES)}, area, exclude, dominance"
         need(not unknown, "openimages", ", ".join(unknown), expected)
-        for file in ("boxes", "classes"):
-            need(bool(s.openimages.get(file)), f"openimages.{file}", s.openimages.get(file), "a CSV file")
+        for file in OPENIMAGES_FILES:
+            path = s.openimages.get(file)
+            good = (isinstance(path, str) and path != "") or (path is None and file == "labels")
+            need(good, f"openimages.{file}", path, "a CSV file")
+        area, exclude = s.openimages.get("area", [0.0, 1.0]), s.openimages.get("exclude", [])
+        good = _are_numbers(area) and len(area) == 2 and 0 <= area[0] < area[1] <= 1
+        need(good, "openimages.area", area, "[smallest, largest] share of the frame")
+        good = isinstance(exclude, (list, tuple)) and all(isinstance(name, str) for name in exclude)
+        need(good, "openimages.exclude", exclude, "a list of names of classes")
+        dominance = s.openimages.get("dominance", 1)
+        need(_are_numbers([dominance]) and dominance >= 1, "openimages.dominance", dominance, "a factor of at least 1")
     need(s.step in STEPS, "step", s.step, f"one of {', '.join(STEPS)}")
     if s.part is not None:
         try:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from blipdiff_train.common.images import load_image
 from blipdiff_train.prepare.job import run
-from blipdiff_train.prepare.openimages import HUMAN_RELATED, salient_subjects
+from blipdiff_train.prepare.openimages import salient_subjects
 from blipdiff_train.prepare.records import list_records
+from blipdiff_train.prepare.settings import make_settings
 
 
 def picture(path, number=0, **options):
@@ -223,7 +224,11 @@ def test_openimages_mistakes_are_named_with_file_and_line(tmp_path):
     with pytest.raises(ValueError, match=r"leaves out all 1 photographs \(class left out 1\)"):
         list_records(tmp_path / "images", openimages={"boxes": str(boxes), "classes": str(classes)})
     assert salient_subjects(boxes, classes, exclude=["Dog"]) == {"0001eeaf4aed83f9": "man"}
-    assert len(set(HUMAN_RELATED)) == len(HUMAN_RELATED)
+    wrong = {"boxes": 3, "classes": "c.csv", "area": [0.1, 80], "dominance": "two", "exclude": "Person"}
+    with pytest.raises(ValueError, match="prepare cannot start") as caught:
+        make_settings({"input": "x", "output": "y", "openimages": wrong})
+    for words in ("boxes=3, expected a CSV", "area=[0.1, 80], expected", "dominance='two'", "exclude='Person'"):
+        assert f"openimages.{words}" in str(caught.value)
 
 
 def test_the_memory_for_openimages_grows_with_the_photographs_at_hand_and_not_with_the_rows(tmp_path):
