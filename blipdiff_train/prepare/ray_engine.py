@@ -66,10 +66,9 @@ class Cluster:
         """As :func:`blipdiff_train.prepare.local_engine.run_all`, with ``workers`` tasks under way in the cluster."""
         ray = self._ray
         actors = [
-            # as many at once as there may be tasks that ask
-            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"), max_concurrency=workers)(ModelActor).remote(
-                settings, device
-            )
+            ray.remote(num_cpus=1, num_gpus=int(device != "cpu"), max_concurrency=-(-workers // len(devices)))(
+                ModelActor
+            ).remote(settings, device)
             for device in devices
         ]
         task_of = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_work)
