@@ -65,19 +65,14 @@ flags
 
 
 def config_folder(command: str = "train") -> Path:
-    """``configs/``: inside the package when installed from a wheel, beside it in a checkout.
+    """The folder of the primary file of ``command``.
 
-    Commands without groups of configuration files have theirs in ``commands/`` below it: there ``model=FOLDER`` is a
-    value, and not the choice of ``model/FOLDER.yaml``.
-
-    Raises:
-        FileNotFoundError: neither is there.
+    Commands without groups of configuration files have theirs in ``commands/``: there ``model=FOLDER`` is a value, and
+    not the choice of ``model/FOLDER.yaml``.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder if command in WITH_GROUPS else folder / "commands"
-    raise FileNotFoundError(f"no configs/ in {package} or beside it: the installation is incomplete")
+    from blipdiff_train.common.files import configs_folder
+
+    return configs_folder() if command in WITH_GROUPS else configs_folder() / "commands"
 
 
 def quote_stage(token: str) -> str:

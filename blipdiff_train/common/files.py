@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def configs_folder() -> Path:
+    """``configs/``: inside the package when installed from a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no configs/ in {package} or beside it: the installation is incomplete")
+
+
 def fsync_directory(directory: Path) -> None:
     """Make a rename in ``directory`` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

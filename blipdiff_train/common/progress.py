@@ -44,6 +44,7 @@ class Progress:
                 smoothing=0.1,
                 dynamic_ncols=width > 0,
                 ncols=None if width > 0 else 100,
+                nrows=None if width > 0 else 24,
             )
 
     def __enter__(self) -> Progress:

@@ -106,7 +106,7 @@ class ContextGenerator:
         unknown = unknown_share(trimap)
         if self.max_unknown_share is not None and unknown > self.max_unknown_share:
             limit = f"expected ≤ {self.max_unknown_share:.1%} (filters.unknown_share)"
-            return Rejection("too_uncertain", f"{unknown:.1%} of the trimap is unknown, {limit}")
+            return Rejection("too_uncertain", f"{unknown:.1%} of the trimap is unknown, {limit}", unknown)
         after_trimap = clock()
         alpha = estimate_alpha(image, trimap, engine=self.engine)
         alpha_u8 = to_u8(alpha)

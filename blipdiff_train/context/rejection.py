@@ -10,11 +10,12 @@ class Rejection:
     """One photograph that is left out.
 
     ``cause`` is a short fixed word for counting (``"no_foreground"``), ``detail`` a sentence with the value found, the
-    value expected and the key to change.
+    value expected and the key to change. ``value`` is the value found, where the cause is a limit.
     """
 
     cause: str
     detail: str
+    value: float | None = None
 
 
 class Rejected(ValueError):

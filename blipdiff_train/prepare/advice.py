@@ -42,7 +42,9 @@ def override(key: str, value: str) -> str:
         escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
         ending = len(escaped) - len(escaped.rstrip("\\"))
         value = f"'{escaped}{chr(92) * ending}'"
-    return shlex.quote(f"{key}={value}")
+    words = f"{key}={value}"
+    # easier to read than what shlex makes of single quotes
+    return f'"{words}"' if "'" in words and not re.search(r'["$`\\!]', words) else shlex.quote(words)
 
 
 def why_nothing(rejected: Mapping[str, int]) -> str:

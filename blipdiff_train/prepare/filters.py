@@ -84,12 +84,12 @@ def measure_agreement(image: np.ndarray, alpha_matte: np.ndarray) -> float:
     return round(np.count_nonzero(cut & solid) / union, 6) if union else 0.0
 
 
-def check_photograph(image: np.ndarray, filters: FilterSettings) -> Rejection | None:
-    """Whether the photograph is too blurred to learn from."""
-    if filters.blur is None or (value := sharpness(image)) >= filters.blur:
+def check_photograph(value: float, filters: FilterSettings) -> Rejection | None:
+    """Whether the photograph, of that :func:`sharpness`, is too blurred to learn from."""
+    if filters.blur is None or value >= filters.blur:
         return None
     detail = f"variance of the Laplacian is {value:.1f}, expected ≥ {filters.blur}; lower filters.blur to keep it"
-    return Rejection("blurred", detail)
+    return Rejection("blurred", detail, value)
 
 
 def check_matte(measures: dict[str, float], filters: FilterSettings) -> Rejection | None:
@@ -98,21 +98,19 @@ def check_matte(measures: dict[str, float], filters: FilterSettings) -> Rejectio
     if filters.area is not None:
         low, high = filters.area
         if area < low:
-            return Rejection(
-                "too_small", f"the subject covers {area:.1%} of the frame, expected ≥ {low:.1%} (filters.area)"
-            )
+            detail = f"the subject covers {area:.1%} of the frame, expected ≥ {low:.1%} (filters.area)"
+            return Rejection("too_small", detail, area)
         if area > high:
-            return Rejection(
-                "too_large", f"the subject covers {area:.1%} of the frame, expected ≤ {high:.1%} (filters.area)"
-            )
+            detail = f"the subject covers {area:.1%} of the frame, expected ≤ {high:.1%} (filters.area)"
+            return Rejection("too_large", detail, area)
     contact = measures["border_contact"]
     if filters.border_contact is not None and contact > filters.border_contact:
         limit = f"expected ≤ {filters.border_contact:.1%} (filters.border_contact)"
-        return Rejection("cut_off", f"the subject touches {contact:.1%} of the frame's border, {limit}")
+        return Rejection("cut_off", f"the subject touches {contact:.1%} of the frame's border, {limit}", contact)
     parts = measures["num_components"]
     if filters.num_components is not None and parts > filters.num_components:
         limit = f"expected ≤ {filters.num_components} (filters.num_components)"
-        return Rejection("in_pieces", f"the matte has {parts} separate parts, {limit}")
+        return Rejection("in_pieces", f"the matte has {parts} separate parts, {limit}", parts)
     return None
 
 
@@ -121,4 +119,5 @@ def check_agreement(agreement: float, limit: float) -> Rejection | None:
     if agreement >= limit:
         return None
     expected = f"IoU {agreement:.1%}, expected ≥ {limit:.1%} (filters.agreement)"
-    return Rejection("disputed", f"GrabCut from the whole frame finds another subject or none: {expected}")
+    detail = f"GrabCut from the whole frame finds another subject or none: {expected}"
+    return Rejection("disputed", detail, agreement)

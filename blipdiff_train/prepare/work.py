@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from blipdiff_train.common.files import sha256_file, write_json
 from blipdiff_train.common.images import ImageError, decode_image, load_image
 from blipdiff_train.context.generator import AnnotatedSample, ContextGenerator
+from blipdiff_train.context.matting import to_u8
 from blipdiff_train.context.rejection import Rejection
 from blipdiff_train.context.segmentation import AlphaSegmenter, GrabCutSegmenter
 from blipdiff_train.context.trimap import unknown_share
@@ -35,6 +37,7 @@ from blipdiff_train.prepare.filters import (
     measure_agreement,
     measure_matte,
     perceptual_hash,
+    sharpness,
 )
 from blipdiff_train.prepare.models import Models, RemoteModels
 from blipdiff_train.prepare.records import Record
@@ -42,6 +45,12 @@ from blipdiff_train.prepare.settings import Settings
 
 ACCOUNTS = ".job"
 """Folder in the output with one small file for each finished unit; what makes a job resumable."""
+
+MATTES_PER_CAUSE = 8
+"""Rejected mattes of a unit that are kept, as thumbnails for the report."""
+
+THUMBNAIL_PX = 160
+"""Longest side of a picture in the report."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Photograph:
     image: np.ndarray  # H W 3 uint8
     mask: np.ndarray | None  # H W uint8
     image_id: int
+    sharpness: float
 
 
 def limit_threads() -> None:
@@ -101,8 +111,9 @@ class Worker:
         seconds: Counter[str] = Counter()
         rejected: list[dict[str, Any]] = []
         kept: list[dict[str, Any]] = []
+        mattes: dict[int, bytes] | None = {} if self.settings.report.enabled else None
         written = write_shards(
-            self.samples(unit, rejected, kept, seconds), scratch, samples_per_shard=max(1, len(unit.records))
+            self.samples(unit, rejected, kept, seconds, mattes), scratch, samples_per_shard=max(1, len(unit.records))
         )
         account: dict[str, Any] = {
             "unit": unit.index,
@@ -118,17 +129,34 @@ class Worker:
             os.replace(written[0], target)
             os.replace(f"{written[0]}{INDEX_SUFFIX}", f"{target}{INDEX_SUFFIX}")
         shutil.rmtree(scratch, ignore_errors=True)
+        if mattes:
+            in_text = {str(number): base64.b64encode(jpeg).decode() for number, jpeg in mattes.items()}
+            write_json(mattes_path(output, unit.index), in_text)
         # last, and atomic: a unit without its account is done again, and gives the same bytes
         write_json(account_path(output, unit.index), account)
         return account
 
     def samples(
-        self, unit: Unit, rejected: list[dict[str, Any]], kept: list[dict[str, Any]], seconds: Counter[str]
+        self,
+        unit: Unit,
+        rejected: list[dict[str, Any]],
+        kept: list[dict[str, Any]],
+        seconds: Counter[str],
+        mattes: dict[int, bytes] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """The unit's samples in order; a batch of photographs is in memory at a time. The other three are added to."""
+        """The unit's samples in order; a batch of photographs is in memory at a time. The other four are added to.
 
-        def reject(photograph: Photograph, rejection: Rejection) -> None:
+        ``mattes``: number → small JPEG of the matte, or of the segmenter's answer if it came to no matte, for the first
+        few rejections of each cause.
+        """
+        shown: Counter[str] = Counter()
+
+        def reject(photograph: Photograph, rejection: Rejection, matte: np.ndarray | None) -> None:
             rejected.append(_rejection(photograph.number, photograph.record, rejection))
+            if mattes is None or matte is None or shown[rejection.cause] == MATTES_PER_CAUSE:
+                return
+            shown[rejection.cause] += 1
+            mattes[photograph.number] = encode(small(matte), "jpg", 85)
 
         size = self.settings.segmenter.batch_size
         for start in range(0, len(unit.records), size):
@@ -138,24 +166,26 @@ class Worker:
                 with _timer(seconds, "read"):
                     photograph = self._read(number, record, unit.duplicates.get(number))
                 if isinstance(photograph, Rejection):
-                    rejected.append(_rejection(number, record, photograph))
+                    repeats = {"repeats": unit.duplicates[number]} if photograph.cause == "duplicate" else {}
+                    rejected.append(_rejection(number, record, photograph) | repeats)
                 else:
                     batch.append(photograph)
             good: list[tuple[Photograph, AnnotatedSample | None, dict[str, Any]]] = []
-            for photograph, result in zip(batch, self._annotate(batch, seconds), strict=True):
+            for photograph, (result, seg_prob) in zip(batch, self._annotate(batch, seconds), strict=True):
                 if isinstance(result, Rejection):
-                    reject(photograph, result)
+                    reject(photograph, result, seg_prob)
                     continue
                 measures, refused = self._judge(result, seconds)
                 if refused is not None:
-                    reject(photograph, refused)
+                    reject(photograph, refused, result.alpha_matte)
                 else:
                     good.append((photograph, result, measures))
             captions = self._captions([photograph for photograph, _, _ in good], seconds)
             for (photograph, result, measures), caption in zip(good, captions, strict=True):
                 with _timer(seconds, "write"):
                     sample = self._encode(photograph, result, measures, *caption)
-                kept.append({"key": sample["__key__"], "source": photograph.record.name, **_measures(sample["json"])})
+                names = {"key": sample["__key__"], "source": photograph.record.name}
+                kept.append(names | _measures(sample["json"]) | {"sharpness": round(photograph.sharpness, 3)})
                 yield sample
 
     def _read(self, number: int, record: Record, duplicate_of: str | None) -> Photograph | Rejection:
@@ -175,33 +205,40 @@ class Worker:
         if shortest < self.settings.image.shortest_side_px:
             limit = f"expected ≥ {self.settings.image.shortest_side_px} (image.shortest_side_px)"
             return Rejection("too_few_pixels", f"{image.shape[1]}×{image.shape[0]} pixels, {limit}")
-        blurred = check_photograph(image, self.settings.filters)
+        sharp = sharpness(image)
+        blurred = check_photograph(sharp, self.settings.filters)
         if blurred is not None:
             return blurred
         # equal photographs have equal ids in every set of shards they get into; 53 bits are exact in any JSON reader
         image_id = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 11
-        return Photograph(number, record, image, mask, image_id)
+        return Photograph(number, record, image, mask, image_id, sharp)
 
     def _annotate(
         self, batch: Sequence[Photograph], seconds: Counter[str]
-    ) -> Sequence[AnnotatedSample | Rejection | None]:
-        """Each photograph's matte or why it has none; None where the job makes no mattes."""
+    ) -> Sequence[tuple[AnnotatedSample | Rejection | None, np.ndarray | None]]:
+        """Each photograph's matte or why it has none, and the segmenter's answer (H W uint8) if that did not serve.
+
+        None and None where the job makes no mattes.
+        """
         if self.generator is None or not batch:
-            return [None] * len(batch)
+            return [(None, None)] * len(batch)
         segmenter = self.generator.segmenter
         if isinstance(segmenter, AlphaSegmenter):
             segmenter.set_masks([photograph.mask for photograph in batch])
         images = [photograph.image for photograph in batch]
         subject_texts = [photograph.record.subject_text for photograph in batch]
         probabilities = self._ask(seconds, "segment", segmenter, lambda: segmenter.segment(images, subject_texts))
-        results: list[AnnotatedSample | Rejection] = []
+        results: list[tuple[AnnotatedSample | Rejection, np.ndarray | None]] = []
         for photograph, seg_prob in zip(batch, probabilities, strict=True):
-            result = seg_prob
-            if not isinstance(seg_prob, Rejection):
-                result = self._cut_out(photograph, seg_prob)
+            if isinstance(seg_prob, Rejection):
+                results.append((seg_prob, None))
+                continue
+            result = self._cut_out(photograph, seg_prob)
             if isinstance(result, AnnotatedSample):
                 seconds.update({step: value for step, value in result.seconds.items() if step != "segment"})
-            results.append(result)
+                results.append((result, None))
+            else:
+                results.append((result, to_u8(np.nan_to_num(seg_prob))))
         return results
 
     def _cut_out(self, photograph: Photograph, seg_prob: np.ndarray) -> AnnotatedSample | Rejection:
@@ -359,6 +396,13 @@ class Hasher:
             return None
 
 
+def small(picture: np.ndarray) -> np.ndarray:
+    """``picture`` (H W or H W 3) with its longest side :data:`THUMBNAIL_PX`."""
+    factor = THUMBNAIL_PX / max(picture.shape[:2])
+    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
 def encode(image: np.ndarray, format: str, quality: int) -> bytes:
     """JPEG or PNG bytes of uint8 H W or H W 3; the same pixels give the same bytes."""
     buffer = io.BytesIO()
@@ -375,6 +419,10 @@ def shard_path(output: Path, index: int) -> Path:
 
 def account_path(output: Path, index: int) -> Path:
     return output / ACCOUNTS / f"unit-{index:06d}.json"
+
+
+def mattes_path(output: Path, index: int) -> Path:
+    return output / ACCOUNTS / f"mattes-{index:06d}.json"
 
 
 def hashes_path(output: Path, number: int) -> Path:
@@ -412,6 +460,7 @@ def _timer(seconds: Counter[str], step: str) -> Iterator[None]:
 
 def _rejection(number: int, record: Record, rejection: Rejection) -> dict[str, Any]:
     entry = {"number": number, "source": record.name, "cause": rejection.cause, "detail": rejection.detail}
+    entry |= {"value": round(float(rejection.value), 6)} if rejection.value is not None else {}
     return entry | ({"subject": record.subject_text} if record.subject_text else {})
 
 

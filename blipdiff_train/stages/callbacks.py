@@ -450,6 +450,7 @@ class ProgressLine(Callback):
                 postfix=[""],
                 dynamic_ncols=width > 0,
                 ncols=None if width > 0 else 100,
+                nrows=None if width > 0 else 24,
                 leave=True,
             )
 

@@ -125,6 +125,8 @@ def test_a_worker_that_dies_is_replaced_once(photographs, tmp_path, monkeypatch)
         job.run(input=str(photographs), output=str(dying), workers=2, **settings)
     assert not multiprocessing.active_children()
     (dying / "die-2").touch()
+    # with one unit left there would be no process but this one to die
+    (dying / ".job/unit-000000.json").unlink(missing_ok=True)
     job.run(input=str(photographs), output=str(dying), workers=2, **settings)
     assert bytes_of(dying) == bytes_of(tmp_path / "whole")
 

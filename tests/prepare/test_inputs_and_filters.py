@@ -20,6 +20,7 @@ from blipdiff_train.prepare.filters import (
     measure_matte,
     near_duplicates,
     perceptual_hash,
+    sharpness,
 )
 from blipdiff_train.prepare.openimages import salient_subjects
 from blipdiff_train.prepare.records import list_records
@@ -172,7 +173,7 @@ def test_each_matte_filter_has_its_cause():
         pieces[40:60, place : place + 6] = 255
     assert check_matte(measure_matte(pieces), filters).cause == "in_pieces"
     assert check_matte(measure_matte(matte), FilterSettings(area=None)) is None
-    assert check_photograph(np.full((50, 50, 3), 90, np.uint8), filters).cause == "blurred"
+    assert check_photograph(sharpness(np.full((50, 50, 3), 90, np.uint8)), filters).cause == "blurred"
 
 
 def test_a_matte_that_a_second_cut_contradicts_is_disputed():
