@@ -11,6 +11,7 @@ import tiny
 import yaml
 
 from blipdiff_train import __main__ as cli
+from blipdiff_train.common import files
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_the_configurations_are_found_in_a_wheel(monkeypatch, tmp_path):
     package = tmp_path / "blipdiff_train"
     (package / "configs").mkdir(parents=True)
     (package / "configs" / "train.yaml").write_text("")
-    monkeypatch.setattr(cli, "__file__", str(package / "__main__.py"))
+    monkeypatch.setattr(files, "__file__", str(package / "common" / "files.py"))
     assert cli.config_folder() == package / "configs"
     (package / "configs" / "train.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="the installation is incomplete"):
