@@ -61,7 +61,7 @@ def main() -> None:
 def photographs(folder: Path) -> None:
     """What the filter would reject of the mattes that the other filters let pass, for both judgements."""
     settings = make_settings({"input": str(folder), "output": "unused"})
-    generator = make_generator(settings)
+    generator = make_generator(settings, None)
     found: dict[str, float] = {}
     seconds = {"cut": 0.0, "second cut": 0.0}
     for subject, labels in LABELS.items():
