@@ -57,7 +57,7 @@ figcaption { font-size: 12px; line-height: 1.35; margin-top: 3px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
 td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 tr + tr td { border-top: 1px solid var(--line); } code, pre { font-size: 13px; }
-td:last-child:not(.n) { overflow-wrap: anywhere; }
+td:last-child:not(.n) { overflow-wrap: anywhere; min-width: 10rem; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--box); border-radius: 8px; padding: .6rem 1rem; overflow-x: auto; white-space: pre-wrap; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.2rem 1.6rem; } svg { display: block; max-width: 100%; height: auto; }
@@ -65,6 +65,7 @@ svg text { font-size: 11px; fill: var(--ink); } .kept { fill: var(--kept); } .go
 .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 4 3; } svg text.limitword { fill: var(--limit); }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
+@media (max-width: 500px) { td, th { font-size: 12.5px; padding-right: .5rem; } }
 """
 
 
@@ -241,7 +242,7 @@ def _causes(causes: Counter[str], num_photographs: int) -> str:
         (cause, count, f"{count / max(1, num_photographs):.1%}", _Words(CAUSES[cause]))
         for cause, count in causes.most_common()
     ]
-    return _table(rows, ("cause", "photographs", "of all", _Words("what it means, or what to change")))
+    return _table(rows, ("cause", "count", "of all", _Words("what it means, or what to change")))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
