@@ -446,13 +446,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(arguments) > 1 and arguments[0] in HELP_WORDS:
         arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in HELP_WORDS:
-        print(HELP.format(commands="\n".join(f"  {name:10}{meaning}" for name, meaning in COMMANDS.items())))
+        show(HELP.format(commands="\n".join(f"  {name:10}{meaning}" for name, meaning in COMMANDS.items())))
         return 0
     try:
         command, rest = split_command(arguments)
         flags, tokens, search = _flags(rest)
         if "--help" in flags:
-            print(command_help(command, tokens, search))
+            show(command_help(command, tokens, search))
             return 0
         if "--multirun" in flags:
             return sweep(command, tokens, search, only_show="--cfg" in flags)
@@ -463,9 +463,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{count} problem{'s' if count > 1 else ''} with the arguments:\n{error}", file=sys.stderr)
         return 2
     if "--cfg" in flags:
-        print(as_yaml(plain), end="")
+        show(as_yaml(plain).rstrip("\n"))
         return 0
     return run(command, plain)
+
+
+def show(text: str) -> None:
+    """Print; a reader such as ``head`` may have enough before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_yaml(plain: Mapping[str, Any]) -> str:

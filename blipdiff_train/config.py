@@ -322,6 +322,18 @@ class PrepareFilters:
 
 
 @dataclass(frozen=True)
+class PrepareOpenImages:
+    boxes: str | None = key("…-annotations-bbox.csv; null: input is something else")
+    classes: str | None = key("…-class-descriptions-boxable.csv; needed with boxes")
+    labels: str | None = key(
+        "…-annotations-human-imagelabels.csv: photographs whose subject they call absent are left out"
+    )
+    area: list[float] = key("share of the frame under the subject's box, smallest and largest")
+    dominance: float = key("the subject's box is so many times as large as any other", low=1.0)
+    exclude: list[str] | None = key("classes that are no subject; null: Person, its parts and kinds, clothes on a body")
+
+
+@dataclass(frozen=True)
 class PrepareReport:
     enabled: bool = key("write report.html")
     num_thumbnails: int = key("mattes and composites shown", low=0)
@@ -344,10 +356,7 @@ class PrepareConfig:
     captions: str | None = key(
         "null: the .txt or .json beside it, or the table's column; or a .csv/.json file of path → caption"
     )
-    openimages: dict | None = key(
-        "{boxes: csv, classes: csv, labels: csv, area: [0.1, 0.8], dominance: 2, exclude: [names]}; only the first two "
-        "are needed"
-    )
+    openimages: PrepareOpenImages = key("the dataset's tables, where input is a folder of its photographs")
     limit: int | None = key("first so many photographs only", low=1)
     seed: int = key("for pictures in the report; nothing in the shards is random", low=0)
     photographs_per_shard: int = key("unit of work and of resuming", low=1)

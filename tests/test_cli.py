@@ -113,6 +113,19 @@ def test_help_of_a_command(arguments, capsys):
     assert "  depth=sample    (one of sample, full)\n" in text
 
 
+def test_help_ends_quietly_when_its_reader_has_enough():
+    command = f"{sys.executable} -m blipdiff_train train --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=tiny.REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.startswith("python -m blipdiff_train train")
+    assert done.stderr == ""
+
+
+def test_a_group_of_keys_is_given_by_dots_or_in_braces():
+    dots = cli.compose("prepare", ["openimages.boxes=a.csv", "openimages.classes=b.csv"], [])
+    assert dots == cli.compose("prepare", ["openimages={boxes: a.csv, classes: b.csv}"], [])
+    assert dots["openimages"]["boxes"] == "a.csv"
+
+
 def test_help_says_what_is_allowed_and_follows_the_overrides(capsys):
     assert cli.main(["stage=2", "trainer=cpu", "--help"]) == 0
     text = capsys.readouterr().out

@@ -103,7 +103,7 @@ def run(*, progress: bool = True, **values: Any) -> Summary:
         settings.input,
         categories=settings.categories,
         captions=settings.captions,
-        openimages=settings.openimages,
+        openimages=settings.openimages.arguments(),
         limit=settings.limit,
         leave_out=settings.output,
         not_chosen=not_chosen,

@@ -12,7 +12,6 @@ from typing import Any
 from blipdiff_train.context.matting import ENGINES as MATTING_ENGINES
 
 KINDS = ("subjects", "backgrounds")
-OPENIMAGES_FILES = ("boxes", "classes", "labels")
 STEPS = ("all", "duplicates", "shards", "report")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -79,6 +78,24 @@ class FilterSettings:
 
 
 @dataclass(frozen=True)
+class OpenImagesSettings:
+    """Arguments of :func:`~blipdiff_train.prepare.openimages.salient_subjects`; all files None: no such input."""
+
+    boxes: str | None = None
+    classes: str | None = None
+    labels: str | None = None
+    area: tuple[float, float] = (0.1, 0.8)
+    dominance: float = 2.0
+    exclude: tuple[str, ...] | None = None
+
+    def arguments(self) -> dict[str, Any] | None:
+        """None if the input is not OpenImages'."""
+        if self.boxes is None:
+            return None
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     enabled: bool = True
     num_thumbnails: int = 48
@@ -94,7 +111,6 @@ class Settings:
     overwrite: bool = False
     categories: str | None = None
     captions: str | None = None
-    openimages: Mapping[str, Any] | None = None
     limit: int | None = None
     seed: int = 0
     photographs_per_shard: int = 64
@@ -106,6 +122,7 @@ class Settings:
     devices: int | None = None
     device: str = "cpu"  # of torch, for models in a worker's own process; no key of the command line
     ray_address: str | None = None
+    openimages: OpenImagesSettings = field(default_factory=OpenImagesSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
     captioner: CaptionerSettings = field(default_factory=CaptionerSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
@@ -148,6 +165,7 @@ def parse_part(part: str) -> tuple[int, int]:
 
 
 BLOCKS = {
+    "openimages": OpenImagesSettings,
     "image": ImageSettings,
     "captioner": CaptionerSettings,
     "segmenter": SegmenterSettings,
@@ -177,9 +195,9 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             del plain[name]
     problems += [f"{key} is missing" for key in ("input", "output") if not plain.get(key)]
     if not problems:
-        filters = plain.get("filters", FilterSettings())
-        if filters.area is not None:
-            plain["filters"] = dataclasses.replace(filters, area=tuple(filters.area))
+        for name in ("filters", "openimages"):
+            if isinstance(area := getattr(plain.get(name), "area", None), list):
+                plain[name] = dataclasses.replace(plain[name], area=tuple(area))
         settings = Settings(**plain)
         problems = _problems(settings)
     if problems:
@@ -207,7 +225,8 @@ def _problems(s: Settings) -> list[str]:
 
     def need(good: bool, key: str, value: Any, expected: str) -> None:
         if not good:
-            found.append(f"{key}={value!r}, expected {expected}")
+            written = list(value) if isinstance(value, tuple) else value  # as it is typed
+            found.append(f"{key}={written!r}, expected {expected}")
 
     def share(key: str, value: float | None) -> None:
         need(value is None or 0 <= value <= 1, key, value, "a share in [0, 1] or null")
@@ -215,21 +234,18 @@ def _problems(s: Settings) -> list[str]:
     need(s.kind in KINDS, "kind", s.kind, f"one of {', '.join(KINDS)}")
     need(s.limit is None or s.limit >= 1, "limit", s.limit, "null or at least 1 photograph")
     need(s.photographs_per_shard >= 1, "photographs_per_shard", s.photographs_per_shard, "at least 1")
-    if s.openimages is not None:
-        unknown = sorted(set(s.openimages) - {*OPENIMAGES_FILES, "area", "exclude", "dominance"})
-        expected = f"only {', '.join(OPENIMAGES_FILES)}, area, exclude, dominance"
-        need(not unknown, "openimages", ", ".join(unknown), expected)
-        for file in OPENIMAGES_FILES:
-            path = s.openimages.get(file)
-            good = (isinstance(path, str) and path != "") or (path is None and file == "labels")
-            need(good, f"openimages.{file}", path, "a CSV file")
-        area, exclude = s.openimages.get("area", [0.0, 1.0]), s.openimages.get("exclude", [])
-        good = _are_numbers(area) and len(area) == 2 and 0 <= area[0] < area[1] <= 1
-        need(good, "openimages.area", area, "[smallest, largest] share of the frame")
-        good = isinstance(exclude, (list, tuple)) and all(isinstance(name, str) for name in exclude)
-        need(good, "openimages.exclude", exclude, "a list of names of classes")
-        dominance = s.openimages.get("dominance", 1)
-        need(_are_numbers([dominance]) and dominance >= 1, "openimages.dominance", dominance, "a factor of at least 1")
+    tables = s.openimages
+    files = {"boxes": tables.boxes, "classes": tables.classes, "labels": tables.labels}
+    for name, path in files.items() if any(path is not None for path in files.values()) else ():
+        good = (isinstance(path, str) and path != "") or (path is None and name == "labels")
+        need(good, f"openimages.{name}", path, "a CSV file")
+    area, exclude = tables.area, tables.exclude
+    good = _are_numbers(area) and len(area) == 2 and 0 <= area[0] < area[1] <= 1
+    need(good, "openimages.area", area, "[smallest, largest] share of the frame")
+    good = exclude is None or (isinstance(exclude, (list, tuple)) and all(isinstance(name, str) for name in exclude))
+    need(good, "openimages.exclude", exclude, "null or a list of names of classes")
+    good = _are_numbers([tables.dominance]) and tables.dominance >= 1
+    need(good, "openimages.dominance", tables.dominance, "a factor of at least 1")
     need(s.step in STEPS, "step", s.step, f"one of {', '.join(STEPS)}")
     if s.part is not None:
         try:

@@ -112,8 +112,10 @@ def test_openimages_keeps_images_with_one_salient_subject(tmp_path):
     (tmp_path / "labels.csv").write_text("ImageID,LabelName\n")
     with pytest.raises(ValueError, match=r"openimages.labels=.*labels.csv: no column Confidence"):
         salient_subjects(**chosen, labels=tmp_path / "labels.csv")
-    with pytest.raises(ValueError, match=r"openimages='box', expected only boxes, .*\n.*openimages.boxes=None"):
+    with pytest.raises(ValueError, match=r"openimages.box is not a setting; did you mean openimages.boxes\?"):
         make_settings({"input": "x", "output": "y", "openimages": {"box": "b.csv", "classes": "c.csv"}})
+    with pytest.raises(ValueError, match=r"openimages.boxes=None, expected a CSV file"):
+        make_settings({"input": "x", "output": "y", "openimages": {"classes": "c.csv"}})
     for name in ("good", "human", "two"):
         jpeg(tmp_path / f"images/{name}.jpg")
     assert [(r.name, r.subject_text) for r in list_records(tmp_path / "images", openimages=chosen)] == [
