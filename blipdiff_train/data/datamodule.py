@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
 import signal
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,6 +117,8 @@ class ShardDataModule(LightningDataModule):
             raise ValueError(f"drop_subject_prob={drop_subject_prob}: expected a probability")
         if num_workers < 0 or total_steps < 1:
             raise ValueError(f"num_workers={num_workers}, total_steps={total_steps}: expected ≥ 0 and ≥ 1")
+        if num_workers:
+            check_socket_folder()
         if stage == 1 and (maker is not None or latents is not None):
             raise ValueError("mattes and latents are stage 2's; stage 1 has no use for them")
         if latents is not None and random_target_crop:
@@ -303,6 +307,22 @@ class Loader(DataLoader):
         iterator = self._running() if hasattr(self, "_running") else None
         if self.num_workers and iterator is not None:
             iterator._shutdown_workers()  # Lightning calls it too, but for persistent ones only
+
+
+def check_socket_folder() -> None:
+    """Loaders hand over batches through sockets in the folder for temporary files; where its name is too long, torch's
+    would print errors and the run wait for them forever.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    # sun_path holds 107 bytes and a zero; Python appends /pymp-xxxxxxxx/listener-xxxxxxxx
+    folder, room = tempfile.gettempdir(), 107 - 32
+    if len(os.fsencode(folder)) > room:
+        raise ValueError(
+            f"TMPDIR={folder} is too long for the loaders' sockets ({len(os.fsencode(folder))} bytes, at most {room}): "
+            "set TMPDIR to a folder with a shorter name, or data.workers=0"
+        )
 
 
 def message_of(error: Exception) -> str:

@@ -288,3 +288,10 @@ def test_two_real_processes_get_the_batches_of_one(shards, backgrounds, tmp_path
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert not ranks[0].keys() & ranks[1].keys()
     assert ranks[0] | ranks[1] == by_position(module(shards, backgrounds=str(backgrounds)).train_dataloader())
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused_where_loaders_would_hang(shards, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/" + 75 * "x")
+    module(shards)
+    with pytest.raises(ValueError, match=r"TMPDIR=/x* is too long .*76 bytes, at most 75"):
+        module(shards, num_workers=1)

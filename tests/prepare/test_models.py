@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,15 +182,21 @@ for _ in DataLoader(Photographs(), batch_size=2, num_workers=2):
 """
 
 
+@pytest.fixture
+def short_folder():
+    """Names of sockets have 107 bytes, and pytest's folders have long names."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.slow
-def test_a_trainer_that_is_killed_leaves_no_process_and_no_folder(tmp_path):
+def test_a_trainer_that_is_killed_leaves_no_process_and_no_folder(tmp_path, short_folder):
     (tmp_path / "trainer.py").write_text(TRAINER)
-    (tmp_path / "scratch").mkdir()
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     trainer = subprocess.Popen(
         [sys.executable, str(tmp_path / "trainer.py")],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "scratch")},
+        env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(short_folder)},
     )
     assert trainer.stdout.readline() == b"step\n"
     processes = psutil.Process(trainer.pid).children(recursive=True)
@@ -199,5 +206,5 @@ def test_a_trainer_that_is_killed_leaves_no_process_and_no_folder(tmp_path):
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     # torch leaves some: of a loader that is interrupted while it hands a tensor over, and of its compiler
-    left = {path.name.partition("-")[0].partition("_")[0] for path in (tmp_path / "scratch").iterdir()}
+    left = {path.name.partition("-")[0].partition("_")[0] for path in short_folder.iterdir()}
     assert left <= {"pymp", "torchinductor"}
