@@ -30,7 +30,7 @@ $(RAY): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
-test: $(RAY) ## run all tests, Ray's too (10 minutes on 2 cores)
+test: $(RAY) ## run all tests, Ray's too (11 minutes on 2 cores)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
